@@ -1,0 +1,138 @@
+"""Fixtures: hostd with containers, hostd with microVMs, guestd alone, and sandboxes through the E2B SDK."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from harness import locations
+from harness.guestd import Guestd
+from harness.hostd import Hostd
+from harness.vm_slots import VmSlots
+
+# What a failed test shows: the processes that were alive in it, each with a `stderr()`.
+_running: list = []
+
+
+def _require(runtime: str) -> None:
+    {"qemu": locations.require_qemu, "container": locations.require_runc}[runtime]()
+
+
+@pytest.fixture(autouse=True)
+def vm_room(request):
+    """A test marked `vms(n)` waits for its turn to boot n microVMs."""
+    marker = request.node.get_closest_marker("vms")
+    if marker is None:
+        yield
+        return
+    locations.require_qemu()
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    with VmSlots(Path("/tmp") / f"guestd-vm-slots-{run}").take(marker.args[0]):
+        yield
+
+
+@pytest.fixture
+def hostd(vm_room):
+    """Starts a hostd of the test's own: `hostd("qemu", max_lifetime=40)`."""
+    started = []
+
+    def start(runtime: str = "container", **options) -> Hostd:
+        _require(runtime)
+        supervisor = Hostd(runtime, **options)
+        started.append(supervisor)
+        _running.append(supervisor)
+        return supervisor.start()
+
+    yield start
+    for supervisor in reversed(started):
+        _running.remove(supervisor)
+        supervisor.close()
+
+
+def _shared(runtime: str):
+    _require(runtime)
+    supervisor = Hostd(runtime)
+    _running.append(supervisor)
+    try:
+        yield supervisor.start()
+    finally:
+        _running.remove(supervisor)
+        supervisor.close()
+
+
+@pytest.fixture(scope="session")
+def _containers():
+    yield from _shared("container")
+
+
+@pytest.fixture(scope="session")
+def _machines():
+    yield from _shared("qemu")
+
+
+@pytest.fixture
+def containers(_containers):
+    """hostd as shipped, with containers; one per test process, empty at the start of each test."""
+    yield _containers
+    _containers.end_sandboxes()
+
+
+@pytest.fixture
+def machines(vm_room, _machines):
+    """hostd as shipped, with microVMs; one per test process, empty at the start of each test."""
+    yield _machines
+    _machines.end_sandboxes()
+
+
+@pytest.fixture
+def sandbox(containers):
+    """A container sandbox through the E2B SDK."""
+    from e2b import Sandbox
+
+    return Sandbox.create(**containers.sdk())
+
+
+@pytest.fixture
+def raw(containers):
+    """A container sandbox and a client of it, as bytes: `(created, client)`."""
+    created = containers.create()
+    with containers.plane(created) as client:
+        yield created, client
+
+
+@pytest.fixture
+def guestd():
+    """guestd alone, uninitialised; needs root, as the agent has it in a machine."""
+    if os.geteuid() != 0:
+        pytest.skip("the agent was not tested alone: it needs root to run commands as other users")
+    agent = Guestd()
+    _running.append(agent)
+    yield agent.start()
+    _running.remove(agent)
+    agent.close()
+
+
+@pytest.fixture
+def agent(guestd):
+    """A client of guestd alone."""
+    with guestd.client() as client:
+        yield client
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no long sleep starts when everything else is done."""
+
+    def seconds(item) -> float:
+        marker = item.get_closest_marker("takes")
+        return -marker.args[0] if marker else 0
+
+    items.sort(key=seconds)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        for process in _running:
+            report.sections.append((f"stderr of {type(process).__name__}", process.stderr()[-20_000:]))
+    return report

@@ -1,0 +1,1 @@
+"""What the tests drive: hostd and guestd as processes, the wire as bytes, and the room for microVMs."""

@@ -1,0 +1,105 @@
+"""A sandbox that nobody uses is released no earlier than its idle timeout and no later than a second after it, in microVMs."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from e2b import Sandbox
+
+IDLE = 60
+# The last answer's own way from hostd to this process; hostd counted before it.
+ON_ITS_WAY = 0.1
+
+
+def create(machines, **options) -> Sandbox:
+    return Sandbox.create(metadata={"idle_timeout": str(IDLE)}, **options, **machines.sdk())
+
+
+def assert_released_on_time(machines, sandbox: Sandbox, last: float) -> None:
+    """`last` is when the last operation's answer arrived, on the monotonic clock."""
+    at, ended = machines.wait_until_ended(sandbox.sandbox_id, within=IDLE + 15)
+    assert ended["reason"] == "idle"
+    assert IDLE - ON_ITS_WAY <= at - last <= IDLE + 1, f"released after {at - last:.3f} s: {ended}"
+    assert IDLE <= ended["idle_for_s"] <= IDLE + 1
+
+
+def one_command_then_silence(machines) -> None:
+    sandbox = create(machines)
+    sandbox.commands.run("ls -al")
+    assert_released_on_time(machines, sandbox, last=time.monotonic())
+    assert sandbox.is_running() is False
+
+
+@pytest.mark.vms(3)
+@pytest.mark.takes(75)
+def test_three_idle_machines_in_parallel_are_each_released_on_time(machines):
+    with ThreadPoolExecutor(3) as pool:
+        for run in [pool.submit(one_command_then_silence, machines) for _ in range(3)]:
+            run.result()
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(70)
+@pytest.mark.parametrize("run", [4, 5])
+def test_an_idle_machine_is_released_on_time(machines, run):
+    one_command_then_silence(machines)
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(70)
+def test_asking_whether_it_runs_does_not_keep_it_alive(machines):
+    """`is_running` every 5 s, and the control plane's get and list with it."""
+    sandbox = create(machines)
+    sandbox.commands.run("true")
+    last = time.monotonic()
+    released = threading.Event()
+
+    def poll() -> list[bool]:
+        answers = []
+        while not released.wait(5):
+            answers.append(sandbox.is_running())
+            machines.request("GET", f"/sandboxes/{sandbox.sandbox_id}")
+            machines.request("GET", "/v2/sandboxes")
+        return answers
+
+    with ThreadPoolExecutor(1) as pool:
+        polling = pool.submit(poll)
+        try:
+            assert_released_on_time(machines, sandbox, last)
+        finally:
+            released.set()
+        answers = polling.result()
+    assert answers.count(True) >= 10, "the polls themselves did not work"
+    assert sandbox.is_running() is False
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(145)
+def test_a_command_of_70_seconds_with_its_client_attached_is_not_released_while_it_runs(machines):
+    sandbox = create(machines)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: (sandbox.commands.run("sleep 70; echo done", timeout=0), time.monotonic()))
+        time.sleep(65)
+        told = machines.explain(sandbox.sandbox_id)
+        assert told["state"] == "running"
+        assert any(hold["counts"] for hold in told["holds"]), f"nothing explains why it lives: {told}"
+        result, last = running.result()
+    assert result.stdout == "done\n"
+    assert_released_on_time(machines, sandbox, last)
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(75)
+def test_a_command_whose_client_went_does_not_hold_the_machine(machines):
+    sandbox = create(machines)
+    command = sandbox.commands.run("sleep 1000", background=True, timeout=0)
+    command.disconnect()
+    assert_released_on_time(machines, sandbox, last=time.monotonic())
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(75)
+def test_a_machine_that_was_never_used_is_released_too(machines):
+    sandbox = create(machines)
+    assert_released_on_time(machines, sandbox, last=time.monotonic())
