@@ -1,6 +1,41 @@
-//! wire
-/// Generated
-#[allow(missing_docs, unreachable_pub, missing_debug_implementations, clippy::all)]
+//! What goes over the wire between SDKs, hostd and guestd. No I/O.
+//!
+//! - [`wire`]: the protobuf services `process.Process`, `filesystem.Filesystem` and `activity.v1.Activity`, generated from `proto/`.
+//! - [`routes`]: every path that guestd serves, who may call it, and what it means for idleness: one table for both sides.
+//! - [`init`]: the body of `POST /init`.
+//! - [`link`]: how a byte stream from host to guest begins.
+//! - [`signature`]: signed file URLs.
+//! - [`errors`]: the JSON error bodies.
+
+pub mod errors;
+pub mod init;
+pub mod link;
+pub mod routes;
+pub mod signature;
+
+/// The generated messages and services.
+#[allow(missing_debug_implementations, clippy::all)]
 pub mod wire {
     include!(concat!(env!("OUT_DIR"), "/wire.rs"));
 }
+
+/// The envd port (contract: envd.md section 0).
+pub const ENVD_PORT: u16 = 49983;
+
+/// The code interpreter's port.
+pub const CODE_PORT: u16 = 49999;
+
+/// The vsock port of the agent's one listener.
+pub const VSOCK_PORT: u32 = 49983;
+
+/// The name of the virtio-serial port that carries the link where there is no vsock.
+pub const SERIAL_PORT_NAME: &str = "guestd.link";
+
+/// The credential of the host: without it control calls are refused on every listener. The first `/init` that carries it sets it.
+pub const CONTROL_HEADER: &str = "x-guestd-control";
+
+/// The credential of an SDK.
+pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
+
+/// The envd version that SDKs gate their features on (contract: envd.md section 8.1): the newest whose SDK-visible features are all here.
+pub const ENVD_VERSION: &str = "0.6.4";

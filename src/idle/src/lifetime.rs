@@ -1,0 +1,493 @@
+//! The host's state machine for one sandbox: when it ends, and why.
+//!
+//! ```text
+//!               due, nothing held           ready, still nothing held
+//!   Running ──────────────────────► Preparing ──────────────────────► Ended
+//!      ▲  │                             │                               ▲
+//!      │  └── timeout, kill, crash ─────┼───────────────────────────────┘
+//!      └───── busy, host hold, silence ─┘
+//! ```
+//!
+//! The driver calls [`Lifetime::step`] whenever something happened or the moment that the last step named has come, does what the
+//! step says, and feeds the outcome back. Nothing here waits or sends.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::{HoldClass, HoldId, Ledger, Policy};
+use crate::terms::{Limits, Terms, TermsError};
+use crate::{Moment, admission};
+
+/// Added to every deadline: a client learns of the end of its call a little after this side does, and must never see its sandbox go
+/// before the time that it was promised.
+pub const MARGIN: Duration = Duration::from_millis(150);
+
+/// How long the guest may take to answer a prepare. Below the fence's own silence limit, so that an answer in time means a closed fence.
+pub const PREPARE_DEADLINE: Duration = Duration::from_millis(1500);
+
+/// The pause before the guest is asked again after it said "busy" although its reports say idle.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+
+/// After so many unanswered prepares (30 s) the agent counts as dead: the sandbox has crashed. Silence alone never reads as idleness,
+/// because work inside the guest would be lost that the host cannot see.
+const UNANSWERED_LIMIT: u32 = 20;
+
+const _: () = assert!(PREPARE_DEADLINE.as_millis() < admission::SILENCE.as_millis());
+
+/// Why a sandbox ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// Nobody used it for its idle timeout.
+    Idle,
+    /// Its `timeout` passed.
+    Timeout,
+    /// It reached the maximum lifetime.
+    Lifetime,
+    /// Somebody asked for its end.
+    Killed,
+    /// The VM or the agent in it died.
+    Crashed,
+    /// The supervisor stopped.
+    HostShutdown,
+}
+
+impl EndReason {
+    pub const ALL: [Self; 6] =
+        [Self::Idle, Self::Timeout, Self::Lifetime, Self::Killed, Self::Crashed, Self::HostShutdown];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Timeout => "timeout",
+            Self::Lifetime => "lifetime",
+            Self::Killed => "killed",
+            Self::Crashed => "crashed",
+            Self::HostShutdown => "host_shutdown",
+        }
+    }
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What the guest says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestReport {
+    /// Grows with each change; an older report never replaces a newer one.
+    pub sequence: u64,
+    pub idle_for: Duration,
+    /// Live holds that count.
+    pub counting: usize,
+}
+
+/// What the driver has to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing until then, or until something happens.
+    Wait(Moment),
+    /// Ask the guest to prepare its release, and give the answer to [`Lifetime::answer`].
+    Prepare { epoch: u64, idle_for: Duration },
+    /// Stop the VM. Every later step says the same.
+    End(EndReason),
+}
+
+/// What the driver tells the guest after its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is over: [`Lifetime::step`] says [`Step::End`] from now on.
+    Commit,
+    /// Admission has to open again.
+    Abort,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Preparing { epoch: u64, sent: Moment },
+    Ended { reason: EndReason, at: Moment },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct GuestView {
+    sequence: u64,
+    counting: usize,
+    last_activity: Moment,
+}
+
+/// One sandbox's lifetime.
+#[derive(Debug)]
+pub struct Lifetime {
+    terms: Terms,
+    host: Ledger,
+    guest: GuestView,
+    phase: Phase,
+    epoch: u64,
+    ask_not_before: Moment,
+    unanswered: u32,
+}
+
+impl Lifetime {
+    /// A sandbox that is ready now. `last_epoch` is the highest epoch that an earlier supervisor may have used, 0 for a new sandbox.
+    pub fn new(terms: Terms, last_epoch: u64, now: Moment) -> Self {
+        Self {
+            terms,
+            host: Ledger::new(Policy::default(), now),
+            guest: GuestView { sequence: 0, counting: 0, last_activity: now },
+            phase: Phase::Running,
+            epoch: last_epoch,
+            ask_not_before: now,
+            unanswered: 0,
+        }
+    }
+
+    /// The lifetime of a sandbox found alive after a restart: its idle clock is the guest's, not the restart's.
+    pub fn adopt(terms: Terms, last_epoch: u64, report: GuestReport, now: Moment) -> Self {
+        let used = now - report.idle_for;
+        let mut lifetime = Self::new(terms, last_epoch, used);
+        lifetime.report(report, now);
+        lifetime
+    }
+
+    /// What to do now. Call it again whenever something happened, and at the moment that [`Step::Wait`] names.
+    pub fn step(&mut self, now: Moment) -> Step {
+        if let Phase::Ended { reason, .. } = self.phase {
+            return Step::End(reason);
+        }
+        let end = self.terms.end + MARGIN;
+        if now >= end {
+            let reason =
+                if self.terms.end >= self.terms.last_end { EndReason::Lifetime } else { EndReason::Timeout };
+            return self.finish(reason, now);
+        }
+        if let Phase::Preparing { epoch, sent } = self.phase {
+            let deadline = sent + PREPARE_DEADLINE;
+            if now < deadline {
+                return Step::Wait(deadline.min(end));
+            }
+            self.unanswered += 1;
+            self.phase = Phase::Running;
+            self.host.note(now, format!("release {epoch}: the agent did not answer"));
+        }
+        let Some(due) = self.release_due() else { return Step::Wait(end) };
+        let due = due.max(self.ask_not_before);
+        if now < due {
+            return Step::Wait(due.min(end));
+        }
+        if self.unanswered >= UNANSWERED_LIMIT {
+            self.host.note(now, "the agent does not answer");
+            return self.finish(EndReason::Crashed, now);
+        }
+        self.epoch += 1;
+        self.phase = Phase::Preparing { epoch: self.epoch, sent: now };
+        Step::Prepare { epoch: self.epoch, idle_for: self.terms.idle_timeout.unwrap_or_default() }
+    }
+
+    /// The guest answered a prepare. The verdict is to be sent to it; after [`Verdict::Commit`] nothing is admitted any more.
+    pub fn answer(&mut self, epoch: u64, ready: bool, report: GuestReport, now: Moment) -> Verdict {
+        self.report(report, now);
+        let Phase::Preparing { epoch: asked, sent } = self.phase else { return Verdict::Abort };
+        if asked != epoch {
+            return Verdict::Abort;
+        }
+        self.unanswered = 0;
+        self.phase = Phase::Running;
+        let fence_holds = now.since(sent) < PREPARE_DEADLINE;
+        let idle_timeout = self.terms.idle_timeout.unwrap_or(Duration::MAX);
+        if ready && fence_holds && self.host.idle_for(now) >= idle_timeout {
+            self.finish(EndReason::Idle, now);
+            return Verdict::Commit;
+        }
+        self.ask_not_before = now + ASK_AGAIN;
+        self.host.note(
+            now,
+            format!("release {epoch}: {}", if ready { "called off, in use" } else { "the guest is busy" }),
+        );
+        Verdict::Abort
+    }
+
+    /// A request came in. The hold lives until [`Lifetime::release_hold`].
+    ///
+    /// # Errors
+    /// When the sandbox has ended.
+    pub fn admit(
+        &mut self,
+        class: HoldClass,
+        origin: impl Into<String>,
+        now: Moment,
+    ) -> Result<HoldId, EndReason> {
+        match self.phase {
+            Phase::Ended { reason, .. } => Err(reason),
+            Phase::Running | Phase::Preparing { .. } => Ok(self.host.begin(class, origin, 0, now)),
+        }
+    }
+
+    pub fn progress(&mut self, hold: HoldId, bytes: u64, now: Moment) {
+        self.host.progress(hold, bytes, now);
+    }
+
+    pub fn reclass(&mut self, hold: HoldId, class: HoldClass, now: Moment) {
+        self.host.reclass(hold, class, now);
+    }
+
+    pub fn release_hold(&mut self, hold: HoldId, now: Moment) {
+        self.host.end(hold, now);
+    }
+
+    /// An SDK's `connect`: one touch.
+    pub fn touch(&mut self, origin: &str, now: Moment) {
+        self.host.touch(HoldClass::Connect, origin, now);
+    }
+
+    /// Takes the guest's report, unless a newer one is known.
+    pub fn report(&mut self, report: GuestReport, now: Moment) {
+        if report.sequence < self.guest.sequence {
+            return;
+        }
+        self.guest = GuestView {
+            sequence: report.sequence,
+            counting: report.counting,
+            last_activity: if report.counting > 0 { now } else { now - report.idle_for },
+        };
+    }
+
+    /// # Errors
+    /// When the maximum lifetime is already over.
+    pub fn set_timeout(&mut self, seconds: i64, now: Moment) -> Result<(), TermsError> {
+        self.terms.set_timeout(seconds, now)?;
+        self.host.note(now, format!("timeout set to {seconds} s from now"));
+        Ok(())
+    }
+
+    /// # Errors
+    /// When `seconds` is negative or above the maximum lifetime.
+    pub fn extend(&mut self, seconds: i64, limits: &Limits, now: Moment) -> Result<(), TermsError> {
+        self.terms.extend(seconds, limits, now)
+    }
+
+    /// Ends it for a reason of the driver's own. The first reason stays.
+    pub fn end(&mut self, reason: EndReason, now: Moment) -> EndReason {
+        match self.finish(reason, now) {
+            Step::End(reason) => reason,
+            Step::Wait(_) | Step::Prepare { .. } => reason,
+        }
+    }
+
+    pub fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The host's own holds.
+    pub fn host_ledger(&self) -> &Ledger {
+        &self.host
+    }
+
+    /// Adds a line to the history.
+    pub fn note(&mut self, now: Moment, what: impl Into<String>) {
+        self.host.note(now, what);
+    }
+
+    pub fn ended(&self) -> Option<(EndReason, Moment)> {
+        match self.phase {
+            Phase::Ended { reason, at } => Some((reason, at)),
+            Phase::Running | Phase::Preparing { .. } => None,
+        }
+    }
+
+    pub fn state_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Running => "running",
+            Phase::Preparing { .. } => "releasing",
+            Phase::Ended { .. } => "ended",
+        }
+    }
+
+    /// Zero while either side holds.
+    pub fn idle_for(&self, now: Moment) -> Duration {
+        if self.is_busy() { Duration::ZERO } else { now.since(self.last_activity()) }
+    }
+
+    /// How long until an idle release, if nothing happens; none while in use or without an idle timeout.
+    pub fn releases_in(&self, now: Moment) -> Option<Duration> {
+        self.release_due().map(|due| due.since(now))
+    }
+
+    fn is_busy(&self) -> bool {
+        self.host.counting() > 0 || self.guest.counting > 0
+    }
+
+    fn last_activity(&self) -> Moment {
+        self.host.last_activity().max(self.guest.last_activity)
+    }
+
+    fn release_due(&self) -> Option<Moment> {
+        let idle_timeout = self.terms.idle_timeout?;
+        (!self.is_busy()).then(|| self.last_activity() + idle_timeout + MARGIN)
+    }
+
+    fn finish(&mut self, reason: EndReason, now: Moment) -> Step {
+        if let Phase::Ended { reason, .. } = self.phase {
+            return Step::End(reason);
+        }
+        self.phase = Phase::Ended { reason, at: now };
+        self.host.note(now, format!("ended: {reason}"));
+        Step::End(reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::terms::Asked;
+
+    const IDLE: Duration = Duration::from_secs(60);
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_millis(millis)
+    }
+
+    fn idle_sandbox() -> Lifetime {
+        let limits = Limits::default();
+        let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
+        Lifetime::new(terms, 0, at(0))
+    }
+
+    fn idle_report(sequence: u64, idle: Duration) -> GuestReport {
+        GuestReport { sequence, idle_for: idle, counting: 0 }
+    }
+
+    fn due(lifetime: &mut Lifetime, now: Moment) -> (u64, Moment) {
+        let Step::Wait(due) = lifetime.step(now) else { panic!("not waiting") };
+        let Step::Prepare { epoch, idle_for } = lifetime.step(due) else { panic!("not due") };
+        assert_eq!(idle_for, IDLE);
+        (epoch, due)
+    }
+
+    #[test]
+    fn an_unused_sandbox_is_released_between_its_timeout_and_a_second_later() {
+        let mut lifetime = idle_sandbox();
+        let (epoch, due) = due(&mut lifetime, at(0));
+        assert!(due >= at(60_000) && due < at(61_000));
+        assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), due), Verdict::Commit);
+        assert_eq!(lifetime.step(due), Step::End(EndReason::Idle));
+        assert_eq!(lifetime.admit(HoldClass::Call, "late", due), Err(EndReason::Idle));
+    }
+
+    #[test]
+    fn a_request_between_prepare_and_answer_calls_the_release_off() {
+        let mut lifetime = idle_sandbox();
+        let (epoch, due) = due(&mut lifetime, at(0));
+        let hold = lifetime.admit(HoldClass::Call, "/x", due + Duration::from_millis(1)).unwrap();
+        let answered = due + Duration::from_millis(2);
+        assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), answered), Verdict::Abort);
+        lifetime.release_hold(hold, answered);
+        assert_eq!(lifetime.releases_in(answered), Some(IDLE + MARGIN));
+    }
+
+    #[test]
+    fn a_request_that_came_and_went_during_the_prepare_counts() {
+        let mut lifetime = idle_sandbox();
+        let (epoch, due) = due(&mut lifetime, at(0));
+        let hold = lifetime.admit(HoldClass::Call, "/x", due).unwrap();
+        lifetime.release_hold(hold, due);
+        assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), due), Verdict::Abort);
+    }
+
+    #[test]
+    fn an_answer_after_the_fence_may_have_opened_is_not_trusted() {
+        let mut lifetime = idle_sandbox();
+        let (epoch, due) = due(&mut lifetime, at(0));
+        let late = due + PREPARE_DEADLINE;
+        assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), late), Verdict::Abort);
+        assert!(lifetime.ended().is_none());
+    }
+
+    #[test]
+    fn a_guest_that_says_busy_for_ever_ends_at_the_hard_end() {
+        let mut lifetime = idle_sandbox();
+        let mut now = at(0);
+        loop {
+            match lifetime.step(now) {
+                Step::Wait(until) => now = until,
+                Step::Prepare { epoch, .. } => {
+                    let busy = GuestReport { sequence: epoch, idle_for: Duration::ZERO, counting: 0 };
+                    assert_eq!(lifetime.answer(epoch, false, busy, now), Verdict::Abort);
+                }
+                Step::End(reason) => {
+                    assert_eq!(reason, EndReason::Lifetime);
+                    assert!(now >= at(3_600_000) && now <= at(3_601_000));
+                    return;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_silent_guest_is_given_up_as_crashed() {
+        let mut lifetime = idle_sandbox();
+        let mut now = at(0);
+        loop {
+            match lifetime.step(now) {
+                Step::Wait(until) => now = until,
+                Step::Prepare { .. } => {}
+                Step::End(reason) => {
+                    assert_eq!(reason, EndReason::Crashed);
+                    assert!(now < at(95_000), "{now:?}");
+                    return;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_silent_guest_that_was_busy_is_kept_until_the_hard_end() {
+        let mut lifetime = idle_sandbox();
+        lifetime.report(GuestReport { sequence: 9, idle_for: Duration::ZERO, counting: 1 }, at(10));
+        let Step::Wait(until) = lifetime.step(at(11)) else { panic!("not waiting") };
+        assert_eq!(until, lifetime.terms().end + MARGIN);
+    }
+
+    #[test]
+    fn an_old_report_does_not_replace_a_newer_one() {
+        let mut lifetime = idle_sandbox();
+        lifetime.report(GuestReport { sequence: 9, idle_for: Duration::ZERO, counting: 1 }, at(10));
+        lifetime.report(idle_report(8, IDLE), at(11));
+        assert_eq!(lifetime.releases_in(at(12)), None);
+    }
+
+    #[test]
+    fn an_adopted_sandbox_keeps_its_idle_clock() {
+        let limits = Limits::default();
+        let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
+        let report = idle_report(40, Duration::from_secs(50));
+        let lifetime = Lifetime::adopt(terms, 3, report, at(100_000));
+        assert_eq!(lifetime.releases_in(at(100_000)), Some(Duration::from_secs(10) + MARGIN));
+        assert_eq!(lifetime.epoch(), 3);
+    }
+
+    #[test]
+    fn a_plain_timeout_ends_a_busy_sandbox() {
+        let limits = Limits::default();
+        let terms = Asked::parse(Some(20), None, &limits).unwrap().starting(at(0), &limits);
+        let mut lifetime = Lifetime::new(terms, 0, at(0));
+        lifetime.admit(HoldClass::Call, "/x", at(1)).unwrap();
+        assert_eq!(lifetime.step(at(21_000)), Step::End(EndReason::Timeout));
+    }
+
+    #[test]
+    fn the_first_reason_stays() {
+        let mut lifetime = idle_sandbox();
+        assert_eq!(lifetime.end(EndReason::Killed, at(5)), EndReason::Killed);
+        assert_eq!(lifetime.end(EndReason::Crashed, at(6)), EndReason::Killed);
+        assert_eq!(lifetime.step(at(7)), Step::End(EndReason::Killed));
+    }
+}

@@ -1,0 +1,34 @@
+//! The body of `POST /init` (contract: envd.md section 4.3).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// All fields are optional; an empty body is valid. Unknown fields are ignored, as in envd.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct InitRequest {
+    /// Replaces all variables of the user; absent leaves them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env_vars: Option<BTreeMap<String, String>>,
+    /// Absent on an accepted request clears the token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// RFC 3339: sets the clock, and orders the calls.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_user: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_workdir: Option<String>,
+    #[serde(rename = "lifecycleID", skip_serializing_if = "Option::is_none")]
+    pub lifecycle_id: Option<String>,
+    /// Ours, additive: the sandbox's id and template, for `E2B_SANDBOX_ID`, `E2B_TEMPLATE_ID` and the host name.
+    #[serde(rename = "sandboxID", skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<String>,
+    #[serde(rename = "templateID", skip_serializing_if = "Option::is_none")]
+    pub template_id: Option<String>,
+    /// Ours, additive: the agent powers the machine off after so many milliseconds by itself, should every guard outside have failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_lifetime_ms: Option<u64>,
+}
