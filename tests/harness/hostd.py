@@ -113,7 +113,8 @@ class Hostd:
     def close(self) -> None:
         """Ends everything that this hostd started, and fails when hostd itself should have and had not."""
         orderly = self.process is not None and self.process.poll() is None
-        guards = self.guards()
+        # Without an orderly end the pid files may be old, and a pid alone somebody else's by now.
+        guards = self.guards() if orderly else {}
         try:
             if orderly:
                 self.end_sandboxes()

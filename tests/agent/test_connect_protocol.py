@@ -1,0 +1,192 @@
+"""The Connect protocol to the byte: SDK parsers differ, so frames, statuses and content types are exact."""
+
+import gzip
+import json
+import socket
+
+import httpx
+import pytest
+
+from harness.connect import (
+    COMPRESSED,
+    END,
+    JSON_STREAM,
+    PROTO_STREAM,
+    Stream,
+    call,
+    envelope,
+    frames,
+    open_stream,
+    process,
+    proto_field,
+    proto_fields,
+    start,
+)
+
+
+def test_a_unary_error_is_json_with_its_code_and_status(agent):
+    answer = call(agent, "filesystem.Filesystem/Stat", {"path": "/no/such/file"})
+    assert answer.status_code == 404
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.json()["code"] == "not_found"
+    assert "/no/such/file" in answer.json()["message"]
+
+
+def test_a_unary_error_stays_json_for_the_binary_codec(agent):
+    answer = agent.post(
+        "/filesystem.Filesystem/Stat",
+        content=proto_field(1, "/no/such/file"),
+        headers={"Content-Type": "application/proto"},
+    )
+    assert answer.status_code == 404
+    assert answer.headers["content-type"].startswith("application/json")
+    assert answer.json()["code"] == "not_found"
+
+
+def test_a_unary_answer_echoes_the_binary_codec(agent, tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    answer = agent.post(
+        "/filesystem.Filesystem/Stat",
+        content=proto_field(1, str(tmp_path / "file")),
+        headers={"Content-Type": "application/proto"},
+    )
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/proto"
+    entry = proto_fields(proto_fields(answer.content)[1][0])
+    assert (entry[1], entry[4]) == ([b"file"], [5])
+
+
+def test_malformed_json_is_an_invalid_argument(agent):
+    answer = agent.post(
+        "/filesystem.Filesystem/Stat", content=b'{"path": ', headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["code"] == "invalid_argument"
+
+
+def test_unknown_fields_and_snake_case_are_accepted(agent, tmp_path):
+    answer = call(agent, "filesystem.Filesystem/ListDir", {"path": str(tmp_path), "depth": 1, "of_the_future": {"a": 1}})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])
+def test_another_content_type_is_415_and_names_what_is_accepted(agent, method):
+    answer = agent.post(f"/{method}", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 415
+    assert "application/" in answer.headers["accept-post"]
+
+
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])
+def test_another_http_method_is_405(agent, method):
+    assert agent.get(f"/{method}").status_code == 405
+
+
+def test_an_unknown_procedure_is_404(agent):
+    assert call(agent, "process.Process/Levitate").status_code == 404
+
+
+@pytest.mark.parametrize("codec", [JSON_STREAM, PROTO_STREAM])
+def test_a_stream_fails_in_its_end_frame_with_status_200(agent, codec):
+    config = {"process": process("/bin/true", cwd="/no/such/folder")}
+    message = config if codec == JSON_STREAM else proto_field(1, proto_field(1, "/bin/true") + proto_field(4, "/no/such/folder"))
+    answer = agent.post("/process.Process/Start", content=envelope(message), headers={"Content-Type": codec})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == codec
+    [(flags, payload)] = frames([answer.content])
+    assert flags == END
+    error = json.loads(payload)["error"]
+    assert error["code"] == "invalid_argument"
+    assert "/no/such/folder" in error["message"]
+
+
+def test_a_stream_ends_with_an_empty_end_frame(agent):
+    with open_stream(agent, "process.Process/Start", {"process": process("/bin/true")}) as response:
+        assert response.headers["content-type"] == JSON_STREAM
+        sent = list(frames(response.iter_raw()))
+    assert sent[-1][0] == END
+    assert json.loads(sent[-1][1]) == {}
+
+
+def test_the_binary_codec_runs_a_command(agent):
+    config = proto_field(1, "/bin/sh") + proto_field(2, "-c") + proto_field(2, "printf hello; exit 3")
+    answer = agent.post(
+        "/process.Process/Start",
+        content=envelope(proto_field(1, config)),
+        headers={"Content-Type": PROTO_STREAM},
+    )
+    *messages, last = frames([answer.content])
+    assert last == (END, b"{}")
+    events = [proto_fields(proto_fields(payload)[1][0]) for _, payload in messages]
+    assert proto_fields(events[0][1][0])[1][0] > 0, "the first event is the start with its pid"
+    stdout = b"".join(proto_fields(event[2][0]).get(1, [b""])[0] for event in events if 2 in event)
+    assert stdout == b"hello"
+    end = proto_fields(events[-1][3][0])
+    assert end[1] == [6], "exit code 3, zigzag"
+    assert end[2] == [1]
+
+
+def test_a_gzipped_unary_request_is_read(agent, tmp_path):
+    answer = agent.post(
+        "/filesystem.Filesystem/Stat",
+        content=gzip.compress(json.dumps({"path": str(tmp_path)}).encode()),
+        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["entry"]["type"] == "FILE_TYPE_DIRECTORY"
+
+
+def test_a_gzipped_stream_message_is_read(agent):
+    message = gzip.compress(json.dumps({"process": process("/bin/echo", "squeezed")}).encode())
+    answer = agent.post(
+        "/process.Process/Start",
+        content=envelope(message, COMPRESSED),
+        headers={"Content-Type": JSON_STREAM, "Connect-Content-Encoding": "gzip"},
+    )
+    assert b"c3F1ZWV6ZWQK" in answer.content  # "squeezed\n"
+
+
+def test_a_frame_leaves_in_one_piece_and_at_once(guestd):
+    """The Novita and PPIO parser is fragile about a header that arrives without its payload."""
+    message = envelope({"process": process("/bin/sh", "-c", "for n in 1 2 3; do echo $n; sleep 0.3; done")})
+    with socket.create_connection(("127.0.0.1", guestd.port), timeout=20) as connection:
+        connection.sendall(
+            b"POST /process.Process/Start HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/connect+json\r\n"
+            + f"Content-Length: {len(message)}\r\n\r\n".encode()
+            + message
+        )
+        reader = connection.makefile("rb")
+        assert b" 200 " in reader.readline()
+        headers = list(iter(reader.readline, b"\r\n"))
+        assert any(header.lower() == b"transfer-encoding: chunked\r\n" for header in headers), headers
+        pieces = []
+        while size := int(reader.readline().strip(), 16):
+            pieces.append(reader.read(size))
+            reader.readline()
+    assert len(pieces) >= 6, "start, three outputs, end and the end frame come one by one"
+    for piece in pieces:
+        assert list(frames([piece])), f"a chunk that is no whole frame: {piece!r}"
+
+
+def test_http2_without_tls_is_spoken(guestd):
+    with guestd.client(http1=False, http2=True) as client:
+        answer = client.get("/health")
+        assert (answer.http_version, answer.status_code) == ("HTTP/2", 204)
+        assert start(client, "/bin/echo", "two").stdout == b"two\n"
+
+
+def test_many_streams_share_one_http2_connection(guestd):
+    with guestd.client(http1=False, http2=True, limits=httpx.Limits(max_connections=1)) as client:
+        with open_stream(client, "process.Process/Start", {"process": process("/bin/sleep", "100")}) as response:
+            sleeping = Stream(response)
+            pid = sleeping.until("start")["pid"]
+            assert start(client, "/bin/echo", "beside").stdout == b"beside\n"
+            call(client, "process.Process/SendSignal", {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"})
+            assert sleeping.rest().end["status"] == "signal: killed"
+
+
+def test_a_preflight_is_answered_before_any_credential_is_asked_for(agent):
+    call_headers = {"Origin": "http://localhost", "Access-Control-Request-Method": "POST"}
+    assert agent.post("/init", json={"accessToken": "secret"}).status_code == 204
+    answer = agent.options("/process.Process/List", headers=call_headers)
+    assert answer.status_code in (200, 204)
+    assert answer.headers["access-control-allow-origin"] == "*"
