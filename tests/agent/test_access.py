@@ -1,8 +1,10 @@
 """Who may do what: before the first /init everybody, after it only who has the token, and control only the host."""
 
+import socket
+
 import pytest
 
-from harness.connect import call
+from harness.connect import JSON_STREAM, call, envelope, process
 
 TOKEN = {"X-Access-Token": "secret"}
 
@@ -27,8 +29,6 @@ def test_without_the_token_a_call_is_401_json(secured, headers):
 
 
 def test_a_stream_without_the_token_is_401_and_runs_nothing(secured, tmp_path):
-    from harness.connect import JSON_STREAM, envelope, process
-
     answer = secured.post(
         "/process.Process/Start",
         content=envelope({"process": process("/usr/bin/touch", str(tmp_path / "ran"))}),
@@ -102,8 +102,6 @@ def test_other_control_operations_need_more_than_the_token(secured, path):
 
 def test_the_tunnel_is_for_the_host_alone(guestd, secured):
     """HTTP CONNECT from anybody on the network would be a door around every guard."""
-    import socket
-
     with socket.create_connection(("127.0.0.1", guestd.port), timeout=10) as connection:
         connection.sendall(b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\nX-Access-Token: secret\r\n\r\n")
         status = connection.makefile("rb").readline()
