@@ -1,6 +1,15 @@
 //! The agent inside every microVM, as a library: `main.rs` only chooses how to start it.
+//!
+//! A folder is a capability: each has one type that owns its state and one thin file that speaks its wire protocol. [`agent`] puts them
+//! together; [`doors`] are the ways in.
 
+pub mod access;
+pub mod activity;
+pub mod agent;
+pub mod doors;
 pub mod filesystem;
 pub mod identity;
 pub mod init;
+pub mod process;
 pub mod settings;
+pub mod system;

@@ -1,0 +1,161 @@
+//! Asks each call for the credential that the routes table names, and finds the user that it names.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use guestd_protocol::errors::ErrorBody;
+use guestd_protocol::routes::{self, Credential};
+use guestd_protocol::signature::{Operation, Signed};
+use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
+
+use super::{Access, Refusal};
+use crate::identity::{Accounts, RequestUser, basic_user_name};
+
+/// Refuses with 401 what lacks its credential.
+pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
+    let credential =
+        routes::find(request.uri().path()).map_or(Credential::AccessToken, |route| route.credential);
+    let headers = request.headers();
+    let allowed = match credential {
+        Credential::None | Credential::Init => Ok(()),
+        Credential::Control => {
+            if access.is_host(bytes_of(headers, CONTROL_HEADER)) {
+                Ok(())
+            } else {
+                Err(Refusal::Control)
+            }
+        }
+        Credential::AccessToken => {
+            if access.allows(bytes_of(headers, ACCESS_TOKEN_HEADER)) {
+                Ok(())
+            } else {
+                Err(Refusal::AccessToken)
+            }
+        }
+        Credential::AccessTokenOrSignature => {
+            may_touch_file(&access, request.method(), request.uri(), headers)
+        }
+    };
+    match allowed {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => unauthorized(&refusal.to_string()),
+    }
+}
+
+/// Resolves the user that Basic auth names, for every route (contract: envd.md section 2.1).
+pub async fn identify(State(accounts): State<Arc<Accounts>>, mut request: Request, next: Next) -> Response {
+    let named = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(basic_user_name);
+    let user = match named {
+        None => None,
+        Some(name) => match accounts.user(&name) {
+            Ok(user) => Some(user),
+            Err(_) => return unknown_user(&name),
+        },
+    };
+    request.extensions_mut().insert(RequestUser(user));
+    next.run(request).await
+}
+
+fn bytes_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
+    headers.get(name).map(|value| value.as_bytes())
+}
+
+fn may_touch_file(access: &Access, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
+    let Some(token) = access.access_token() else { return Ok(()) };
+    if let Some(given) = bytes_of(headers, ACCESS_TOKEN_HEADER) {
+        return if access.allows(Some(given)) { Ok(()) } else { Err(Refusal::FileToken) };
+    }
+    let query = Query::parse(uri);
+    let operation = if method == Method::GET { Operation::Read } else { Operation::Write };
+    let signature = query.get("signature").ok_or(Refusal::SignatureMissing)?;
+    let expiration = query.get("signature_expiration");
+    let signed = Signed {
+        path: query.get("path").unwrap_or_default(),
+        operation,
+        username: query.get("username").unwrap_or_default(),
+        expiration,
+    };
+    if !signed.matches(signature, &token) {
+        return Err(Refusal::SignatureInvalid);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    match expiration.map(str::parse::<u64>) {
+        None => Ok(()),
+        Some(Ok(until)) if until >= now => Ok(()),
+        Some(_) => Err(Refusal::SignatureExpired),
+    }
+}
+
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn parse(uri: &Uri) -> Self {
+        Self(serde_urlencoded::from_str(uri.query().unwrap_or_default()).unwrap_or_default())
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+}
+
+/// The REST form of a 401; SDKs map the status on Connect paths too.
+pub fn unauthorized(message: &str) -> Response {
+    let body = ErrorBody { code: 401, message: message.to_owned() };
+    (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
+}
+
+fn unknown_user(name: &str) -> Response {
+    let body =
+        serde_json::json!({ "code": "unauthenticated", "message": format!("invalid username: '{name}'") });
+    (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(uri: &str, method: Method) -> Result<(), Refusal> {
+        let access = Access::default();
+        access.initialise(None, Some("secret")).unwrap();
+        may_touch_file(&access, &method, &uri.parse().unwrap(), &HeaderMap::new())
+    }
+
+    fn signed(path: &str, operation: Operation, expiration: Option<&str>) -> String {
+        let signature = Signed { path, operation, username: "", expiration }.sign("secret");
+        let signature = signature.replace('+', "%2B").replace('/', "%2F");
+        let expiration = expiration.map(|e| format!("&signature_expiration={e}")).unwrap_or_default();
+        format!("/files?path={path}&signature={signature}{expiration}")
+    }
+
+    #[test]
+    fn a_signed_url_opens_what_it_was_signed_for_and_nothing_else() {
+        assert_eq!(check(&signed("a.txt", Operation::Read, None), Method::GET), Ok(()));
+        assert_eq!(
+            check(&signed("a.txt", Operation::Read, None), Method::POST),
+            Err(Refusal::SignatureInvalid)
+        );
+        assert_eq!(check("/files?path=a.txt", Method::GET), Err(Refusal::SignatureMissing));
+        assert_eq!(check("/files?path=a.txt&signature=v1_x", Method::GET), Err(Refusal::SignatureInvalid));
+    }
+
+    #[test]
+    fn an_expired_signature_says_so_and_an_unreadable_one_is_not_eternal() {
+        assert_eq!(
+            check(&signed("a", Operation::Read, Some("5")), Method::GET),
+            Err(Refusal::SignatureExpired)
+        );
+        assert_eq!(
+            check(&signed("a", Operation::Read, Some("never")), Method::GET),
+            Err(Refusal::SignatureExpired)
+        );
+        assert_eq!(check(&signed("a", Operation::Read, Some("99999999999")), Method::GET), Ok(()));
+    }
+}

@@ -1,0 +1,291 @@
+//! What the agent knows about being used: the ledger of holds, the admission fence, and who waits for their changes.
+//!
+//! [`Activity`] owns both under one lock, so that a call is admitted and held in one step: there is no moment in which an accepted
+//! call is not counted. `middleware` holds for each call by the routes table, `rpc` speaks to the host. The rules themselves are in
+//! `guestd_idle`.
+
+mod body;
+pub mod middleware;
+pub mod rpc;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use guestd_idle::admission::Entry;
+use guestd_idle::{Admission, Counting, HoldClass, HoldId, Ledger, Moment, Policy};
+use guestd_protocol::wire::activity::v1 as wire;
+use tokio::sync::{Notify, watch};
+
+/// How many holds a report names (contract: activity.proto).
+const REPORTED_HOLDS: usize = 64;
+
+/// Longest origin that a hold keeps, in bytes: a command line can be two megabytes.
+const ORIGIN_LIMIT: usize = 200;
+
+/// The sandbox was released while the call waited at the fence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gone;
+
+#[derive(Debug)]
+struct Inner {
+    ledger: Ledger,
+    admission: Admission,
+}
+
+#[derive(Debug)]
+pub struct Activity {
+    origin: Instant,
+    inner: Mutex<Inner>,
+    fence: Notify,
+    changes: watch::Sender<u64>,
+}
+
+impl Activity {
+    pub fn new(policy: Policy) -> Arc<Self> {
+        let ledger = Ledger::new(policy, Moment::default());
+        let changes = watch::Sender::new(ledger.sequence());
+        Arc::new(Self {
+            origin: Instant::now(),
+            inner: Mutex::new(Inner { ledger, admission: Admission::default() }),
+            fence: Notify::new(),
+            changes,
+        })
+    }
+
+    fn now(&self) -> Moment {
+        Moment::default() + self.origin.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes the fence and takes a hold, in one step. Waits while a release is being prepared.
+    ///
+    /// # Errors
+    /// [`Gone`] when the release was committed.
+    pub async fn admit(self: &Arc<Self>, class: HoldClass, origin: &str) -> Result<HoldGuard, Gone> {
+        loop {
+            let changed = self.fence.notified();
+            let wait = {
+                let now = self.now();
+                let mut inner = self.lock();
+                match inner.admission.enter(now) {
+                    Entry::Admitted => {
+                        drop(inner);
+                        return Ok(self.hold(class, origin));
+                    }
+                    Entry::Gone => return Err(Gone),
+                    Entry::Wait(until) => until.since(now),
+                }
+            };
+            // Either the fence changed or the host has been silent for too long.
+            let _elapsed = tokio::time::timeout(wait, changed).await;
+        }
+    }
+
+    /// A hold of something that is already inside: a process that a held call starts.
+    pub fn hold(self: &Arc<Self>, class: HoldClass, origin: &str) -> HoldGuard {
+        let now = self.now();
+        let id = self.change(|inner| inner.ledger.begin(class, shortened(origin), 0, now));
+        HoldGuard { activity: Arc::clone(self), id }
+    }
+
+    /// Closes the fence and counts again; opens it at once when something holds.
+    pub fn prepare(&self, epoch: u64, idle_for: Duration) -> (bool, wire::Report) {
+        let now = self.now();
+        let mut inner = self.lock();
+        let closed = inner.admission.prepare(epoch, now);
+        let ready = closed && inner.ledger.idle_for(now) >= idle_for;
+        if closed && !ready {
+            inner.admission.abort(epoch);
+        }
+        inner.ledger.note(now, format!("release {epoch} asked: {}", if ready { "ready" } else { "busy" }));
+        let report = report(&inner.ledger, now);
+        drop(inner);
+        self.fence.notify_waiters();
+        (ready, report)
+    }
+
+    /// False when the fence of this epoch is not closed any more.
+    pub fn commit(&self, epoch: u64) -> bool {
+        let now = self.now();
+        let committed = self.lock().admission.commit(epoch, now);
+        self.fence.notify_waiters();
+        committed
+    }
+
+    pub fn abort(&self, epoch: u64) {
+        self.lock().admission.abort(epoch);
+        self.fence.notify_waiters();
+    }
+
+    pub fn report(&self) -> wire::Report {
+        let now = self.now();
+        report(&self.lock().ledger, now)
+    }
+
+    pub fn explain(&self) -> wire::ExplainResponse {
+        let now = self.now();
+        let inner = self.lock();
+        let transitions = inner.ledger.transitions().map(|transition| wire::Transition {
+            age_ms: millis(now.since(transition.at)),
+            what: transition.what.clone(),
+            ..Default::default()
+        });
+        wire::ExplainResponse {
+            transitions: transitions.collect(),
+            report: report(&inner.ledger, now).into(),
+            admission: inner.admission.name().to_owned(),
+            ..Default::default()
+        }
+    }
+
+    /// Wakes at each change of the set of holds.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
+        let mut inner = self.lock();
+        let result = change(&mut inner);
+        let sequence = inner.ledger.sequence();
+        drop(inner);
+        self.changes.send_if_modified(|known| std::mem::replace(known, sequence) != sequence);
+        result
+    }
+}
+
+fn shortened(origin: &str) -> String {
+    match origin.char_indices().find(|(index, c)| index + c.len_utf8() > ORIGIN_LIMIT) {
+        Some((end, _)) => format!("{}…", &origin[..end]),
+        None => origin.to_owned(),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn report(ledger: &Ledger, now: Moment) -> wire::Report {
+    let holds = ledger.by_blame().into_iter().take(REPORTED_HOLDS).map(|(id, hold)| wire::Hold {
+        id: id.get(),
+        class: hold.class.name().to_owned(),
+        counts: ledger.policy().counting(hold.class) == Counting::WhileHeld,
+        origin: hold.origin.clone(),
+        pid: hold.pid,
+        age_ms: millis(now.since(hold.started)),
+        since_progress_ms: millis(now.since(hold.last_progress)),
+        bytes: hold.bytes,
+        ..Default::default()
+    });
+    let (last_class, last_origin) =
+        ledger.last_use().map(|last| (last.class.name().to_owned(), last.origin.clone())).unwrap_or_default();
+    wire::Report {
+        sequence: ledger.sequence(),
+        idle_for_ms: millis(ledger.idle_for(now)),
+        counting: u32::try_from(ledger.counting()).unwrap_or(u32::MAX),
+        holds: holds.collect(),
+        last_class,
+        last_origin,
+        ..Default::default()
+    }
+}
+
+/// A live hold; dropping it ends it.
+#[derive(Debug)]
+pub struct HoldGuard {
+    activity: Arc<Activity>,
+    id: HoldId,
+}
+
+impl HoldGuard {
+    /// Bytes or events passed. Wakes nobody: the host asks before it releases.
+    pub fn progress(&self, bytes: u64) {
+        let now = self.activity.now();
+        self.activity.lock().ledger.progress(self.id, bytes, now);
+    }
+
+    pub fn reclass(&self, class: HoldClass) {
+        let now = self.activity.now();
+        self.activity.change(|inner| inner.ledger.reclass(self.id, class, now));
+    }
+
+    pub fn name_process(&self, pid: u32) {
+        self.activity.lock().ledger.name_process(self.id, pid);
+    }
+}
+
+impl Drop for HoldGuard {
+    fn drop(&mut self) {
+        let now = self.activity.now();
+        self.activity.change(|inner| inner.ledger.end(self.id, now));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn activity() -> Arc<Activity> {
+        Activity::new(Policy::default())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_during_a_prepare_waits_and_runs_after_the_abort() {
+        let activity = activity();
+        assert!(activity.prepare(1, Duration::ZERO).0);
+        let waiting = tokio::spawn({
+            let activity = Arc::clone(&activity);
+            async move { activity.admit(HoldClass::Call, "/x").await.is_ok() }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        activity.abort(1);
+        assert!(waiting.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_call_that_waits_at_a_committed_release_is_told_so() {
+        let activity = activity();
+        assert!(activity.prepare(1, Duration::ZERO).0);
+        let waiting = tokio::spawn({
+            let activity = Arc::clone(&activity);
+            async move { activity.admit(HoldClass::Call, "/x").await.map(|_| ()) }
+        });
+        tokio::task::yield_now().await;
+        assert!(activity.commit(1));
+        assert_eq!(waiting.await.unwrap(), Err(Gone));
+    }
+
+    #[tokio::test]
+    async fn a_held_call_makes_prepare_say_busy_and_leaves_the_door_open() {
+        let activity = activity();
+        let _hold = activity.admit(HoldClass::Call, "/x").await.unwrap();
+        let (ready, report) = activity.prepare(1, Duration::ZERO);
+        assert!(!ready);
+        assert_eq!((report.counting, report.holds.len()), (1, 1));
+        assert!(activity.admit(HoldClass::Call, "/y").await.is_ok());
+    }
+
+    #[test]
+    fn a_huge_command_line_does_not_make_a_huge_report() {
+        let activity = activity();
+        let _hold = activity.hold(HoldClass::Command, &"é".repeat(1_000_000));
+        assert!(activity.report().holds[0].origin.len() <= ORIGIN_LIMIT + '…'.len_utf8());
+    }
+
+    #[test]
+    fn a_change_wakes_the_watcher_and_progress_does_not() {
+        let activity = activity();
+        let mut changes = activity.changes();
+        changes.mark_unchanged();
+        let hold = activity.hold(HoldClass::Terminal, "bash");
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        hold.progress(10);
+        assert!(!changes.has_changed().unwrap());
+        drop(hold);
+        assert!(changes.has_changed().unwrap());
+    }
+}

@@ -1,0 +1,107 @@
+//! Puts the capabilities together behind one router, and opens the doors.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::{Router, middleware};
+use connectrpc::{ConnectRpcService, Limits};
+use guestd_idle::Policy;
+use guestd_protocol::wire::activity::v1::ActivityExt;
+use guestd_protocol::wire::filesystem::FilesystemExt;
+use guestd_protocol::wire::process::ProcessExt;
+use guestd_protocol::{SERIAL_PORT_NAME, VSOCK_PORT};
+use tower_http::cors::{Any, CorsLayer};
+
+use crate::access::{self, Access};
+use crate::activity::rpc::ActivityService;
+use crate::activity::{self, Activity};
+use crate::doors::{self, Doors};
+use crate::filesystem::{self, Filesystem};
+use crate::identity::Accounts;
+use crate::process::{ProcessService, Processes};
+use crate::settings::Settings;
+use crate::system::{self, System};
+
+/// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
+const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
+
+/// How an agent is started.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// TCP addresses to listen on; all must be free.
+    pub tcp: Vec<SocketAddr>,
+    pub unix: Option<PathBuf>,
+    /// Listen on vsock and on the virtio-serial link where the machine has them.
+    pub machine_links: bool,
+    /// The agent of a machine of its own, not an ordinary service on somebody's.
+    pub own_machine: bool,
+    /// Ends the machine.
+    pub power_off: fn(),
+}
+
+/// The capabilities and the router in front of them.
+pub fn router(config: &Config) -> (Router, Arc<Access>) {
+    let accounts = Arc::new(Accounts::new(Path::new("/")));
+    let settings = Arc::new(Settings::new(config.own_machine));
+    let access = Arc::new(Access::default());
+    let activity = Activity::new(Policy::default());
+    let processes = Processes::new(Arc::clone(&activity));
+    let files = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings)));
+    let system = Arc::new(System::new(
+        Arc::clone(&access),
+        Arc::clone(&settings),
+        config.own_machine,
+        config.power_off,
+    ));
+
+    let rpc = connectrpc::Router::new();
+    let rpc = Arc::new(ProcessService::new(processes, Arc::clone(&accounts), settings)).register(rpc);
+    let rpc = Arc::clone(&files).register(rpc);
+    let rpc = Arc::new(ActivityService::new(Arc::clone(&activity))).register(rpc);
+    let limits =
+        Limits::default().with_max_message_size(MESSAGE_LIMIT).with_max_request_body_size(MESSAGE_LIMIT);
+
+    // The outermost layer is the last: CORS answers preflights before anybody is asked for a credential (contract: envd.md section 4.1).
+    let router = system::routes(system)
+        .merge(filesystem::routes(files))
+        .fallback_service(ConnectRpcService::new(rpc).with_limits(limits))
+        .layer(middleware::from_fn_with_state(activity, activity::middleware::hold))
+        .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
+        .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
+        .layer(CorsLayer::new().allow_origin(Any).allow_methods(Any).allow_headers(Any));
+    (router, access)
+}
+
+/// Opens the doors and serves until `stop` is done.
+///
+/// # Errors
+/// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
+pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result<()> {
+    let (router, access) = router(&config);
+    let doors = Doors::new(router, access);
+    for address in &config.tcp {
+        let listener = doors::bind_tcp(*address)?;
+        tracing::info!(address = %listener.local_addr()?, "listening");
+        tokio::spawn(doors.clone().tcp(listener));
+    }
+    if let Some(path) = &config.unix {
+        let listener = doors::bind_unix(path)?;
+        tracing::info!(path = %path.display(), "listening");
+        tokio::spawn(doors.clone().unix(listener));
+    }
+    if config.machine_links {
+        match doors::bind_vsock(VSOCK_PORT) {
+            Ok(listener) => {
+                tokio::spawn(doors.clone().vsock(listener));
+            }
+            Err(error) => tracing::info!(%error, "no vsock"),
+        }
+        if let Some(device) = doors::find_serial(SERIAL_PORT_NAME) {
+            tokio::spawn(doors.serial(device));
+        }
+    }
+    stop.await;
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! The ways in: TCP, vsock, a Unix socket and a virtio-serial port, all with the same services behind them.
+//!
+//! Each door makes byte streams; [`Doors::serve`] speaks HTTP/1.1 or HTTP/2 on one, whichever the client begins with. `CONNECT` requests
+//! become tunnels to a TCP port of the guest (`tunnel`), everything else goes to the router that `crate::agent` put together.
+
+mod serial;
+mod tunnel;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Method, Request};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tower::ServiceExt;
+
+use crate::access::Access;
+
+/// How long a client may take to send a request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What one stream may have under way in each direction, so that a stalled one holds back neither memory nor its neighbours.
+const STREAM_WINDOW: u32 = 256 * 1024;
+
+/// The largest HTTP/2 window: streams are bounded one by one, so the connection as a whole need not be.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
+/// Streams on one connection. hostd multiplexes everything over one.
+const STREAMS: u32 = 16 * 1024;
+
+/// How many connections may wait for their accept: with 64, half of 200 quick vsock connections failed (contract: microvm.md section 4).
+const BACKLOG: u32 = 4096;
+
+/// A pause after a failed accept (no descriptors left), so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+#[derive(Clone, Debug)]
+pub struct Doors {
+    router: Router,
+    access: Arc<Access>,
+}
+
+impl Doors {
+    pub fn new(router: Router, access: Arc<Access>) -> Self {
+        Self { router, access }
+    }
+
+    /// Serves one byte stream to its end.
+    pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) {
+        let doors = self.clone();
+        let service = service_fn(move |request: Request<Incoming>| {
+            let doors = doors.clone();
+            async move {
+                if request.method() == Method::CONNECT {
+                    return Ok(tunnel::open(&doors.access, request).await);
+                }
+                doors.router.oneshot(request.map(Body::new)).await
+            }
+        });
+        let mut builder = Builder::new(TokioExecutor::new());
+        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        builder
+            .http2()
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(STREAMS)
+            .max_send_buf_size(STREAM_WINDOW as usize);
+        if let Err(error) = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await {
+            tracing::debug!(%error, "a connection broke off");
+        }
+    }
+
+    /// Accepts TCP connections for ever.
+    pub async fn tcp(self, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    // Without it each small frame of a stream waits for the client's delayed acknowledgement (40 ms).
+                    if let Err(error) = stream.set_nodelay(true) {
+                        tracing::debug!(%error, "no TCP_NODELAY");
+                    }
+                    self.spawn(stream);
+                }
+                Err(error) => accept_failed("tcp", &error).await,
+            }
+        }
+    }
+
+    /// Accepts connections on a Unix socket for ever.
+    pub async fn unix(self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.spawn(stream),
+                Err(error) => accept_failed("unix", &error).await,
+            }
+        }
+    }
+
+    /// Accepts vsock connections for ever.
+    pub async fn vsock(self, listener: tokio_vsock::VsockListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => self.spawn(stream),
+                Err(error) => accept_failed("vsock", &error).await,
+            }
+        }
+    }
+
+    /// Serves the virtio-serial port at `device` for ever, one conversation after the other.
+    pub async fn serial(self, device: PathBuf) {
+        serial::serve(self, device).await;
+    }
+
+    fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) {
+        let doors = self.clone();
+        tokio::spawn(async move { doors.serve(stream).await });
+    }
+}
+
+async fn accept_failed(door: &str, error: &io::Error) {
+    tracing::warn!(door, %error, "accept failed");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+/// Binds a TCP door.
+///
+/// # Errors
+/// With the address, when it is in use or not this machine's.
+pub fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket =
+        if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    let bound = socket.bind(address).and_then(|()| socket.listen(BACKLOG));
+    bound.map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
+}
+
+/// Binds a Unix socket, in place of one that an earlier agent left.
+///
+/// # Errors
+/// With the path.
+pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(path).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()))
+    })
+}
+
+/// Binds the vsock door.
+///
+/// # Errors
+/// When the machine has no vsock: a container, or a kernel without the module.
+pub fn bind_vsock(port: u32) -> io::Result<tokio_vsock::VsockListener> {
+    use std::os::fd::AsRawFd;
+    let address = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_ANY, port);
+    let listener = tokio_vsock::VsockListener::bind(address)?;
+    // SAFETY: listen(2) on a descriptor that the listener owns; a second call only changes the backlog.
+    let raised = unsafe { libc::listen(listener.as_raw_fd(), BACKLOG as i32) };
+    if raised < 0 {
+        tracing::warn!(error = %io::Error::last_os_error(), "the vsock backlog stays small");
+    }
+    Ok(listener)
+}
+
+/// The device of the virtio-serial port that hostd named, if the machine has it.
+pub fn find_serial(name: &str) -> Option<PathBuf> {
+    let ports = std::fs::read_dir("/sys/class/virtio-ports").ok()?;
+    ports.flatten().find_map(|entry| {
+        let found = std::fs::read_to_string(entry.path().join("name")).ok()?;
+        (found.trim_end() == name).then(|| Path::new("/dev").join(entry.file_name()))
+    })
+}

@@ -1,0 +1,80 @@
+//! `CONNECT 127.0.0.1:<port>`: a byte stream to any TCP port inside the guest, for the host alone (DESIGN.md section 3).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use guestd_protocol::CONTROL_HEADER;
+use guestd_protocol::errors::PORT_CLOSED_MESSAGE;
+use hyper::body::Incoming;
+use hyper::{Request, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use crate::access::middleware::unauthorized;
+use crate::access::{Access, Refusal};
+
+/// A listener on this machine answers at once or not at all.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Answers a `CONNECT`: 200 and a tunnel, 401, 400 for an address that is not this machine, 502 when nothing listens.
+pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Response {
+    if !access.is_host(request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes())) {
+        return unauthorized(&Refusal::Control.to_string());
+    }
+    let Some(port) = loopback_port(request.uri()) else {
+        return (StatusCode::BAD_REQUEST, "CONNECT takes 127.0.0.1:<port>").into_response();
+    };
+    let Some(target) = dial(port).await else {
+        return (StatusCode::BAD_GATEWAY, PORT_CLOSED_MESSAGE).into_response();
+    };
+    tokio::spawn(async move {
+        match hyper::upgrade::on(request).await {
+            Ok(upgraded) => {
+                let mut target = target;
+                // Both ends closing is how a tunnel ends; there is nobody to tell about it.
+                let _ended = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut target).await;
+            }
+            Err(error) => tracing::debug!(%error, port, "a tunnel broke off"),
+        }
+    });
+    Response::new(Body::empty())
+}
+
+/// Tries IPv4 and then IPv6: a server may listen on either loopback address.
+async fn dial(port: u16) -> Option<TcpStream> {
+    for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
+        let dialled =
+            tokio::time::timeout(DIAL_TIMEOUT, TcpStream::connect(SocketAddr::new(address, port))).await;
+        if let Ok(Ok(stream)) = dialled {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "no TCP_NODELAY");
+            }
+            return Some(stream);
+        }
+    }
+    None
+}
+
+fn loopback_port(uri: &Uri) -> Option<u16> {
+    let authority = uri.authority()?;
+    let port = authority.port_u16().filter(|port| *port != 0)?;
+    let local = matches!(authority.host(), "127.0.0.1" | "localhost" | "[::1]");
+    local.then_some(port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tunnel_leads_to_this_machine_only() {
+        for good in ["127.0.0.1:80", "localhost:8080", "[::1]:443"] {
+            assert!(loopback_port(&good.parse().unwrap()).is_some(), "{good}");
+        }
+        for bad in ["10.0.0.1:80", "example.com:80", "127.0.0.1", "127.0.0.1:0", "0.0.0.0:80"] {
+            assert!(loopback_port(&bad.parse().unwrap()).is_none(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Status and headers of a download: ranges, conditions, dates, and the type that an extension stands for.
+//!
+//! These rules are tower-http's. It is asked with `HEAD`, for which it only needs the size and the date of a file, and those are
+//! answered from the file that is already open: it never sees the file system.
+
+use std::future::{Ready, ready};
+use std::io::{self, Cursor};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use tokio::io::{AsyncRead, AsyncSeek, ReadBuf};
+use tower::ServiceExt as _;
+use tower_http::services::ServeDir;
+use tower_http::services::fs::{Backend, File, Metadata};
+
+use super::content::Content;
+
+/// The end of the year 9999. Dates after it, and those before 1970, have no form in HTTP, and the code that prints them panics.
+const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
+
+/// The head of the answer to `request`. A file of unknown size has no ranges, no conditions and no length.
+pub(super) async fn head(path: &Path, content: &Content, request: &HeaderMap) -> Response<()> {
+    let facts = Facts { size: content.size().unwrap_or(0), modified: content.modified };
+    let Some(_size) = content.size() else {
+        let mut response = ask(path, &facts, HeaderMap::new()).await;
+        for name in [header::CONTENT_LENGTH, header::ACCEPT_RANGES, header::ETAG] {
+            response.headers_mut().remove(name);
+        }
+        return response;
+    };
+    let mut asked = request.clone();
+    if let Some(validator) = asked.remove(header::IF_RANGE) {
+        let current = ask(path, &facts, HeaderMap::new()).await;
+        let matches = |name| current.headers().get(name) == Some(&validator);
+        // A weak tag never equals the tags that are sent, which are strong.
+        if !matches(header::ETAG) && !matches(header::LAST_MODIFIED) {
+            asked.remove(header::RANGE);
+        }
+    }
+    ask(path, &facts, asked).await
+}
+
+async fn ask(path: &Path, facts: &Facts, headers: HeaderMap) -> Response<()> {
+    // Only the extension matters; an odd one stands for no type, and would not fit in a URI.
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let uri = if !extension.is_empty() && extension.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        format!("/file.{extension}")
+    } else {
+        "/file".to_owned()
+    };
+    let failed = || {
+        let mut response = Response::new(());
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        response
+    };
+    let Ok(mut request) =
+        Request::builder().method(Method::HEAD).uri(uri).body(http_body_util::Empty::<Bytes>::new())
+    else {
+        return failed();
+    };
+    *request.headers_mut() = headers;
+    let service = ServeDir::with_backend("/", facts.clone())
+        .append_index_html_on_directories(false)
+        .ignore_multi_range_requests(true);
+    match service.oneshot(request).await {
+        Ok(response) => response.map(|_empty| ()),
+        Err(never) => match never {},
+    }
+}
+
+/// What is known of the open file.
+#[derive(Clone, Debug)]
+struct Facts {
+    size: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Metadata for Facts {
+    fn is_dir(&self) -> bool {
+        false
+    }
+
+    fn modified(&self) -> io::Result<SystemTime> {
+        let since_1970 = |time: &SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).ok();
+        self.modified
+            .filter(|time| since_1970(time).is_some_and(|duration| duration <= LAST_DATE))
+            .ok_or_else(|| io::ErrorKind::Unsupported.into())
+    }
+
+    fn len(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Backend for Facts {
+    type File = Unopened;
+    type Metadata = Self;
+    type OpenFuture = Ready<io::Result<Unopened>>;
+    type MetadataFuture = Ready<io::Result<Self>>;
+
+    fn open(&self, _path: PathBuf) -> Self::OpenFuture {
+        ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn metadata(&self, _path: PathBuf) -> Self::MetadataFuture {
+        ready(Ok(self.clone()))
+    }
+}
+
+/// The file that `HEAD` never opens.
+struct Unopened(Cursor<Bytes>, Facts);
+
+impl AsyncRead for Unopened {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncSeek for Unopened {
+    fn start_seek(mut self: Pin<&mut Self>, position: io::SeekFrom) -> io::Result<()> {
+        Pin::new(&mut self.0).start_seek(position)
+    }
+
+    fn poll_complete(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<u64>> {
+        Pin::new(&mut self.0).poll_complete(cx)
+    }
+}
+
+impl File for Unopened {
+    type Metadata = Facts;
+    type MetadataFuture<'a> = Ready<io::Result<Facts>>;
+
+    fn metadata(&self) -> Self::MetadataFuture<'_> {
+        ready(Ok(self.1.clone()))
+    }
+}

@@ -1,0 +1,230 @@
+//! What multipart uploads need beyond axum's parser: any `multipart/*` type, file names with their directories, and a bound on
+//! what the parser holds in memory (contract: envd.md section 4.6).
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use futures_util::Stream;
+use http::{HeaderMap, HeaderValue, header};
+
+/// How much the parser may take in without giving anything out. Only the headers of a part and what precedes the first boundary
+/// can get there.
+const MOST_HELD: usize = 4 * 1024 * 1024;
+
+/// Whether this is a multipart type of any kind.
+pub(super) fn is_multipart(essence: &str) -> bool {
+    essence.starts_with("multipart/")
+}
+
+/// Calls the body `multipart/form-data`, the one kind that the parser takes, whatever its kind; the format is the same.
+pub(super) fn as_form_data(headers: &mut HeaderMap) {
+    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return };
+    let parameters = value.split_once(';').map_or("", |(_, parameters)| parameters);
+    if let Ok(value) = HeaderValue::from_str(&format!("multipart/form-data;{parameters}")) {
+        headers.insert(header::CONTENT_TYPE, value);
+    }
+}
+
+/// Field name and file name of a part. The parser's own reading misses a `filename*` that precedes `filename`, and undoes no
+/// escapes but one.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Disposition {
+    pub name: Option<String>,
+    pub file_name: Option<String>,
+}
+
+impl Disposition {
+    pub(super) fn of(headers: &HeaderMap) -> Self {
+        let value =
+            headers.get(header::CONTENT_DISPOSITION).map(|value| String::from_utf8_lossy(value.as_bytes()));
+        value.map_or_else(Self::default, |value| Self::parse(&value))
+    }
+
+    fn parse(value: &str) -> Self {
+        let mut found = Self::default();
+        let mut extended = None;
+        let mut rest = value.split_once(';').map_or("", |(_kind, rest)| rest);
+        while let Some((name, after)) = rest.split_once('=') {
+            let name = name.trim_start_matches([' ', '\t', ';']).trim_end();
+            let (value, after) = parameter_value(after.trim_start());
+            if name.eq_ignore_ascii_case("name") {
+                found.name.get_or_insert(value);
+            } else if name.eq_ignore_ascii_case("filename") {
+                found.file_name.get_or_insert(value);
+            } else if name.eq_ignore_ascii_case("filename*") {
+                extended = extended.or_else(|| decode_extended(&value));
+            }
+            rest = after;
+        }
+        // RFC 6266: the extended form is the exact one.
+        found.file_name = extended.or(found.file_name);
+        found
+    }
+}
+
+/// A token or a quoted string, and what follows it.
+fn parameter_value(text: &str) -> (String, &str) {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let (value, after) = text.split_once(';').unwrap_or((text, ""));
+        return (value.trim_end().to_owned(), after);
+    };
+    let mut value = String::new();
+    let mut letters = quoted.char_indices().peekable();
+    while let Some((index, letter)) = letters.next() {
+        match letter {
+            '"' => {
+                return (value, quoted[index + 1..].trim_start_matches([' ', '\t']).trim_start_matches(';'));
+            }
+            // Only a special character is escaped, so that `C:\dir\file` survives, which browsers used to send as it is.
+            '\\' if letters.peek().is_some_and(|(_, next)| r#"()<>@,;:\"/[]?="#.contains(*next)) => {
+                value.extend(letters.next().map(|(_, escaped)| escaped));
+            }
+            letter => value.push(letter),
+        }
+    }
+    (value, "")
+}
+
+/// `utf-8'language'%41%42` (RFC 8187).
+fn decode_extended(value: &str) -> Option<String> {
+    let (charset, rest) = value.split_once('\'')?;
+    let (_language, encoded) = rest.split_once('\'')?;
+    if !charset.eq_ignore_ascii_case("utf-8") {
+        return None;
+    }
+    let mut bytes = Vec::with_capacity(encoded.len());
+    let mut input = encoded.bytes();
+    while let Some(byte) = input.next() {
+        if byte == b'%' {
+            let mut digit = || char::from(input.next()?).to_digit(16);
+            let (high, low) = (digit()?, digit()?);
+            bytes.push(u8::try_from(high * 16 + low).ok()?);
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// How many bytes the parser took in since it last gave some out.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Held(Arc<AtomicUsize>);
+
+impl Held {
+    /// To be called for everything that comes out of the parser.
+    pub(super) fn release(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+}
+
+/// The parser ate [`MOST_HELD`] bytes and found neither a boundary nor the end of a header.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("more than {MOST_HELD} bytes without a boundary or the end of a part's headers")]
+pub(super) struct TooMuchHeld;
+
+/// Feeds the parser one chunk at a time.
+///
+/// On its own it reads for as long as the body has bytes ready and only then looks at them. A gzip body has a thousand times its
+/// size ready at once, so one small request would take all memory.
+#[derive(Debug)]
+pub(super) struct Paced<S> {
+    inner: S,
+    held: Held,
+    pause: bool,
+}
+
+impl<S> Paced<S> {
+    pub(super) fn new(inner: S, held: Held) -> Self {
+        Self { inner, held, pause: false }
+    }
+}
+
+impl<S, E> Stream for Paced<S>
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+    E: Into<axum::BoxError>,
+{
+    type Item = Result<Bytes, axum::BoxError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if std::mem::take(&mut self.pause) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let item = ready!(Pin::new(&mut self.inner).poll_next(cx));
+        self.pause = true;
+        Poll::Ready(match item {
+            Some(Ok(bytes)) => {
+                let held = self.held.0.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
+                Some(if held > MOST_HELD { Err(TooMuchHeld.into()) } else { Ok(bytes) })
+            }
+            Some(Err(error)) => Some(Err(error.into())),
+            None => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disposition(name: Option<&str>, file_name: Option<&str>) -> Disposition {
+        Disposition { name: name.map(str::to_owned), file_name: file_name.map(str::to_owned) }
+    }
+
+    #[test]
+    fn a_file_name_keeps_its_directories_and_its_odd_letters() {
+        let cases: &[(&str, Option<&str>, Option<&str>)] = &[
+            (r#"form-data; name="file"; filename="a/b/c.txt""#, Some("file"), Some("a/b/c.txt")),
+            (r#"form-data; filename="/abs/c.txt"; name="file""#, Some("file"), Some("/abs/c.txt")),
+            (r#"form-data; name=file; filename=c.txt"#, Some("file"), Some("c.txt")),
+            (r#"form-data;name="file";filename="x;y=z.txt""#, Some("file"), Some("x;y=z.txt")),
+            (r#"form-data; name="file"; filename="q\"uote\\.txt""#, Some("file"), Some(r#"q"uote\.txt"#)),
+            (r#"form-data; name="file"; filename="C:\dir\f.txt""#, Some("file"), Some(r"C:\dir\f.txt")),
+            (r#"form-data; name="file"; filename="100%25.txt""#, Some("file"), Some("100%25.txt")),
+            (r#"form-data; name="file"; filename*=utf-8''na%C3%AFve%20x"#, Some("file"), Some("naïve x")),
+            (
+                r#"form-data; filename*=UTF-8'en'a%2Fb; filename="ascii"; name=file"#,
+                Some("file"),
+                Some("a/b"),
+            ),
+            (r#"form-data; name="file"; filename="plain"; filename*=latin1''x"#, Some("file"), Some("plain")),
+            (r#"form-data; NAME="file"; FileName="c""#, Some("file"), Some("c")),
+            (r#"form-data; name="file"; filename="unended"#, Some("file"), Some("unended")),
+            (r#"form-data; name="file"; filename="""#, Some("file"), Some("")),
+            (r#"form-data; name="filename""#, Some("filename"), None),
+            ("form-data", None, None),
+            ("", None, None),
+            ("form-data; name=\"file\"; filename=\"你好/ü.txt\"", Some("file"), Some("你好/ü.txt")),
+        ];
+        for (value, name, file_name) in cases {
+            assert_eq!(Disposition::parse(value), disposition(*name, *file_name), "{value}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_disposition_is_read_without_a_panic(value in "\\PC{0,40}", header in "[a-z;=\"\\\\*'% ]{0,40}") {
+            Disposition::parse(&value);
+            Disposition::parse(&header);
+        }
+
+        #[test]
+        fn a_quoted_file_name_comes_back_as_it_was(name in "[^\\x00-\\x1f]{0,30}") {
+            let escaped = name.replace('\\', r"\\").replace('"', "\\\"");
+            let read = Disposition::parse(&format!("form-data; name=\"file\"; filename=\"{escaped}\"; x=y"));
+            proptest::prop_assert_eq!(read, disposition(Some("file"), Some(&name)));
+        }
+    }
+
+    #[test]
+    fn every_kind_of_multipart_is_read_as_form_data() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, "multipart/mixed; boundary=\"a b\"".parse().unwrap());
+        as_form_data(&mut headers);
+        assert_eq!(headers[header::CONTENT_TYPE], "multipart/form-data; boundary=\"a b\"");
+    }
+}

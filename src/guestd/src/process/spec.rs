@@ -1,0 +1,140 @@
+//! What to start: a request, checked and completed (contract: envd.md sections 2.2 to 2.5).
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, NulError};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use guestd_protocol::wire::process as wire;
+
+use crate::identity::{PathError, User, resolve_path};
+use crate::settings::Values;
+
+/// The search path of a command whose environment has none.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    #[error("process: a start request names a process")]
+    NoProcess,
+    #[error("process.cmd: a command must not be empty")]
+    NoCommand,
+    #[error("{field}: must not contain a NUL byte")]
+    Nul { field: &'static str },
+    #[error("process.cwd: {0}")]
+    Path(#[from] PathError),
+    #[error("cwd '{}' does not exist", .0.display())]
+    NoDirectory(PathBuf),
+}
+
+/// A command, ready to be started.
+#[derive(Debug)]
+pub struct Spec {
+    /// As the client sent it, for `List`.
+    pub config: wire::ProcessConfig,
+    pub tag: Option<String>,
+    pub user: User,
+    pub directory: PathBuf,
+    pub stdin: bool,
+    pub started: Instant,
+    pub(super) argv: Vec<CString>,
+    pub(super) environment: Vec<CString>,
+    /// The files to try in turn, as a shell would.
+    pub(super) candidates: Vec<CString>,
+}
+
+impl Spec {
+    /// Checks a start request.
+    ///
+    /// # Errors
+    /// A [`SpecError`] that names the field; all become `invalid_argument`.
+    pub fn new(request: wire::StartRequest, user: User, settings: &Values) -> Result<Self, SpecError> {
+        let config = request.process.into_option().ok_or(SpecError::NoProcess)?;
+        if config.cmd.is_empty() {
+            return Err(SpecError::NoCommand);
+        }
+        let cwd = config.cwd.as_deref().unwrap_or_default();
+        let directory = resolve_path(cwd, &user, settings.default_workdir.as_deref())?;
+        if std::fs::metadata(&directory).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Err(SpecError::NoDirectory(directory));
+        }
+        let variables = environment(&config, &user, settings);
+        let path = variables.get("PATH").map_or(DEFAULT_PATH, String::as_str);
+        let nul = |field| move |_: NulError| SpecError::Nul { field };
+        let candidates = candidates(&config.cmd, path, &directory);
+        let mut argv = vec![CString::new(config.cmd.as_str()).map_err(nul("process.cmd"))?];
+        for argument in &config.args {
+            argv.push(CString::new(argument.as_str()).map_err(nul("process.args"))?);
+        }
+        Ok(Self {
+            candidates: candidates
+                .into_iter()
+                .map(CString::new)
+                .collect::<Result<_, _>>()
+                .map_err(nul("process.cmd"))?,
+            environment: variables
+                .iter()
+                .map(|(name, value)| CString::new(format!("{name}={value}")))
+                .collect::<Result<_, _>>()
+                .map_err(nul("process.envs"))?,
+            argv,
+            tag: request.tag,
+            user,
+            directory,
+            stdin: request.stdin.unwrap_or(true),
+            started: Instant::now(),
+            config,
+        })
+    }
+
+    /// The command as one line, for people.
+    pub fn command_line(&self) -> String {
+        std::iter::once(&self.config.cmd)
+            .chain(&self.config.args)
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}
+
+/// Later wins: the user's basics, the sandbox's own variables, those of `/init`, the request's.
+fn environment(config: &wire::ProcessConfig, user: &User, settings: &Values) -> BTreeMap<String, String> {
+    let path = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
+    let mut variables = BTreeMap::from([
+        ("PATH".to_owned(), path),
+        ("HOME".to_owned(), user.home.to_string_lossy().into_owned()),
+        ("USER".to_owned(), user.name.clone()),
+        ("LOGNAME".to_owned(), user.name.clone()),
+    ]);
+    variables.extend(settings.environment.clone());
+    variables.extend(settings.internal_environment.clone());
+    variables.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
+    // A name with a '=' or nothing in it cannot be a variable; environ(7).
+    variables.retain(|name, _| !name.is_empty() && !name.contains('='));
+    variables
+}
+
+/// A command with a slash is a path from its working directory, any other is looked for along PATH.
+fn candidates(command: &str, path: &str, directory: &Path) -> Vec<String> {
+    if command.contains('/') {
+        return vec![command.to_owned()];
+    }
+    path.split(':')
+        .map(|folder| match folder {
+            "" => directory.join(command),
+            folder => directory.join(folder).join(command),
+        })
+        .map(|candidate| candidate.to_string_lossy().into_owned())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_with_a_slash_is_not_searched_for() {
+        assert_eq!(candidates("./run", "/bin", Path::new("/w")), ["./run"]);
+        assert_eq!(candidates("run", "/bin::rel", Path::new("/w")), ["/bin/run", "/w/run", "/w/rel/run"]);
+    }
+}
