@@ -21,7 +21,7 @@ class Guestd:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.arguments = arguments
-        self.log = Path(tempfile.mkdtemp(prefix="guestd-", dir="/tmp")) / "stderr"
+        self.log = Path(tempfile.mkstemp(prefix="guestd-", suffix=".stderr", dir="/tmp")[1])
 
     def start(self) -> "Guestd":
         with open(self.log, "wb") as log:

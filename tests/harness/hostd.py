@@ -38,13 +38,15 @@ class Hostd:
     def __init__(self, runtime: str = "container", *, data: Path | None = None, environment: dict | None = None, **flags):
         # A short path: the sockets below it must fit in 108 bytes.
         self.data = data or Path(tempfile.mkdtemp(prefix="hostd-", dir="/tmp"))
+        # Another's data folder is another's to clear.
+        self.owns_data = data is None
         self.flags = {"runtime": runtime, "images": locations.images(), **flags}
         if runtime == "qemu":
             self.flags.setdefault("accel", os.environ.get("TESTS_ACCEL", "auto"))
             self.flags.setdefault("link", os.environ.get("TESTS_LINK", "auto"))
             self.flags.setdefault("vhost_device_vsock", locations.vhost_device_vsock())
         self.extra_environment = environment or {}
-        self.log = Path(f"{self.data}.stderr")
+        self.log = Path(tempfile.mkstemp(prefix="hostd-", suffix=".stderr", dir="/tmp")[1])
         self.process = None
         self.api_url = "http://127.0.0.1:0"
         self.proxy_url = "http://127.0.0.1:0"
@@ -122,10 +124,12 @@ class Hostd:
         finally:
             if self.process is not None and self.process.poll() is None:
                 self.kill9()
-            left = self._wait_until_gone(guards, within=5 if orderly else 0)
-            for pid in left:
-                processes.end(pid)
-            shutil.rmtree(self.data, ignore_errors=True)
+            left = {}
+            if self.owns_data:
+                left = self._wait_until_gone(guards, within=5 if orderly else 0)
+                for pid in left:
+                    processes.end(pid)
+                shutil.rmtree(self.data, ignore_errors=True)
         assert not (orderly and left), f"hostd left processes behind: {left}"
 
     def _wait_until_gone(self, guards: dict[str, int], within: float) -> dict[int, str]:
