@@ -107,13 +107,11 @@ def test_a_client_that_goes_does_not_kill_the_command(agent):
     signal(agent, pid, "SIGNAL_SIGKILL")
 
 
-def test_a_malformed_deadline_is_an_invalid_argument(agent):
-    answer = agent.post(
-        "/process.Process/Start",
-        content=b"",
-        headers={"Content-Type": "application/connect+json", "Connect-Timeout-Ms": "soon"},
-    )
-    assert "invalid_argument" in answer.text
+def test_a_malformed_deadline_is_an_invalid_argument_and_runs_nothing(agent, tmp_path):
+    message = {"process": process("/usr/bin/touch", str(tmp_path / "ran"))}
+    with open_stream(agent, "process.Process/Start", message, {"Connect-Timeout-Ms": "soon"}) as response:
+        assert "invalid_argument" in response.read().decode()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_quiet_stream_is_kept_alive_at_the_asked_interval(agent):

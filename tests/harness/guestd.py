@@ -51,6 +51,7 @@ class Guestd:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(10)
+        self.log.unlink()
 
     def stderr(self) -> str:
         return self.log.read_text(errors="replace")

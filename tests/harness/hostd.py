@@ -130,7 +130,9 @@ class Hostd:
                 for pid in left:
                     processes.end(pid)
                 shutil.rmtree(self.data, ignore_errors=True)
-        assert not (orderly and left), f"hostd left processes behind: {left}"
+        said = self.stderr()
+        self.log.unlink(missing_ok=True)
+        assert not (orderly and left), f"hostd left processes behind: {left}\n{said[-20_000:]}"
 
     def _wait_until_gone(self, guards: dict[str, int], within: float) -> dict[int, str]:
         """What is still there of the processes that name the data folder and of the guards."""
