@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use axum::body::Body;
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use tokio::task::JoinHandle;
 
 use super::FilesError;
@@ -147,7 +147,7 @@ impl ReadAhead {
     /// Nothing is read before the body is polled for the first time.
     fn body(file: Arc<File>, from: u64, length: Option<u64>) -> Body {
         let start = Start { file, from, length };
-        Body::from_stream(stream::unfold(State::New(start), |state| async move {
+        let chunks = stream::unfold(State::New(start), |state| async move {
             let ahead = match state {
                 State::New(start) => Self::begin(start.file, start.from, start.length)?,
                 State::Running(ahead) => ahead,
@@ -158,7 +158,9 @@ impl ReadAhead {
                 Ok((chunk, None)) => (Ok(chunk), State::Done),
                 Err(error) => (Err(error), State::Done),
             })
-        }))
+        });
+        // The gzip encoder asks once more after the end, for trailers.
+        Body::from_stream(chunks.fuse())
     }
 
     /// `None` when nothing remains.

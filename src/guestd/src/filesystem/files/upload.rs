@@ -13,6 +13,7 @@ use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
+use futures_util::stream::Fuse;
 use futures_util::{Stream, StreamExt as _};
 use http::{HeaderMap, header};
 use serde::Serialize;
@@ -201,11 +202,11 @@ fn multipart_error(error: MultipartError) -> FilesError {
 /// A server that answers in the middle of a request and closes sends a reset, and the answer is lost with it: most clients read
 /// nothing until they have sent everything.
 #[derive(Clone, Debug)]
-struct SharedBody(Arc<Mutex<BodyDataStream>>);
+struct SharedBody(Arc<Mutex<Fuse<BodyDataStream>>>);
 
 impl SharedBody {
     fn new(body: Body) -> Self {
-        Self(Arc::new(Mutex::new(body.into_data_stream())))
+        Self(Arc::new(Mutex::new(body.into_data_stream().fuse())))
     }
 
     /// Reads the rest, for a while.

@@ -1,0 +1,312 @@
+//! Uploads.
+
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+
+use axum::body::Body;
+use bytes::Bytes;
+use futures_util::stream;
+use http::{Request, StatusCode};
+use serde_json::json;
+
+use super::{Answer, gzip, query, send};
+use crate::filesystem::entry::metadata;
+use crate::filesystem::tests::{Fixture, has_attributes, is_root};
+
+type Pair = (&'static str, &'static str);
+type Pairs = &'static [Pair];
+
+const OCTETS: Pair = ("content-type", "application/octet-stream");
+const MULTIPART: Pair = ("content-type", "multipart/form-data; boundary=XX");
+const GZIP: Pair = ("content-encoding", "gzip");
+
+async fn post(
+    fixture: &Fixture,
+    pairs: &[(&str, &str)],
+    headers: &[(&str, &str)],
+    body: impl Into<Body>,
+) -> Answer {
+    let mut request = Request::post(query(pairs));
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    send(fixture, request.body(body.into()).unwrap()).await
+}
+
+/// A multipart body of parts of one field name, each with a file name.
+fn parts(files: &[(&str, &str, &[u8])]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (field, name, content) in files {
+        let disposition = format!("Content-Disposition: form-data; name=\"{field}\"; filename=\"{name}\"");
+        body.extend(
+            format!("--XX\r\n{disposition}\r\nContent-Type: application/octet-stream\r\n\r\n").bytes(),
+        );
+        body.extend_from_slice(content);
+        body.extend(b"\r\n");
+    }
+    body.extend(b"--XX--\r\n");
+    body
+}
+
+/// The same bytes in many pieces, so that every boundary is cut somewhere.
+fn in_pieces(bytes: Vec<u8>, size: usize) -> Body {
+    let pieces: Vec<_> =
+        bytes.chunks(size).map(|piece| Ok::<_, std::io::Error>(Bytes::copy_from_slice(piece))).collect();
+    Body::from_stream(stream::iter(pieces))
+}
+
+fn large() -> Vec<u8> {
+    (0..900_001_u32).map(|number| (number % 253) as u8).collect()
+}
+
+#[tokio::test]
+async fn octets_go_to_the_path_of_the_query() {
+    let fixture = Fixture::new();
+    let answer = post(&fixture, &[("path", "new/dir/f.bin")], &[OCTETS], "content").await;
+    let path = fixture.home.join("new/dir/f.bin");
+    let expected = json!([{ "path": path.to_str().unwrap(), "name": "f.bin", "type": "file" }]);
+    assert_eq!((answer.status, answer.json()), (StatusCode::OK, expected));
+    assert_eq!(std::fs::read(&path).unwrap(), b"content");
+    assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o644);
+    assert_eq!(path.parent().unwrap().metadata().unwrap().mode() & 0o7777, 0o755);
+}
+
+#[tokio::test]
+async fn large_and_empty_bodies_arrive_byte_for_byte() {
+    let fixture = Fixture::new();
+    let path = fixture.write("f", "longer than nothing");
+    for (body, content) in [(in_pieces(large(), 10_007), large()), (Body::empty(), Vec::new())] {
+        assert_eq!(post(&fixture, &[("path", "f")], &[OCTETS], body).await.status, StatusCode::OK);
+        assert!(std::fs::read(&path).unwrap() == content);
+    }
+}
+
+#[tokio::test]
+async fn file_names_of_a_multipart_body_keep_their_directories() {
+    let fixture = Fixture::new();
+    let absolute = fixture.home.join("abs/c.txt");
+    let body = parts(&[
+        ("file", "a.txt", b"A"),
+        ("file", "deep/er/b.txt", b"B\r\n--X not a boundary"),
+        ("file", absolute.to_str().unwrap(), b""),
+        ("other", "ignored.txt", b"ignored"),
+    ]);
+    for size in [1, 7, 10_000] {
+        let answer = post(&fixture, &[], &[MULTIPART], in_pieces(body.clone(), size)).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        let reply = answer.json();
+        let names: Vec<_> =
+            reply.as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["a.txt", "b.txt", "c.txt"]);
+        assert_eq!(std::fs::read(fixture.home.join("deep/er/b.txt")).unwrap(), b"B\r\n--X not a boundary");
+        assert_eq!(std::fs::read(&absolute).unwrap(), b"");
+        assert!(!fixture.home.join("ignored.txt").exists());
+    }
+}
+
+#[tokio::test]
+async fn the_path_of_the_query_wins_over_the_file_name() {
+    let fixture = Fixture::new();
+    let mixed = ("content-type", "multipart/mixed; boundary=\"XX\"");
+    for headers in [MULTIPART, mixed] {
+        let answer =
+            post(&fixture, &[("path", "chosen")], &[headers], parts(&[("file", "named", b"x")])).await;
+        assert_eq!(answer.json()[0]["name"], "chosen");
+    }
+    assert!(fixture.home.join("chosen").exists() && !fixture.home.join("named").exists());
+}
+
+#[tokio::test]
+async fn a_large_part_streams_through() {
+    let fixture = Fixture::new();
+    let body = in_pieces(parts(&[("skip", "s", &large()), ("file", "big", &large())]), 65_536);
+    assert_eq!(post(&fixture, &[], &[MULTIPART], body).await.status, StatusCode::OK);
+    assert!(std::fs::read(fixture.home.join("big")).unwrap() == large());
+}
+
+#[tokio::test]
+async fn gzip_is_decoded_in_both_kinds_of_body() {
+    let fixture = Fixture::new();
+    let answer = post(&fixture, &[("path", "o")], &[OCTETS, GZIP], in_pieces(gzip(&large()), 1000)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert!(std::fs::read(fixture.home.join("o")).unwrap() == large());
+    let body = gzip(&parts(&[("file", "m", &large())]));
+    let answer = post(&fixture, &[], &[MULTIPART, GZIP], in_pieces(body, 1000)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert!(std::fs::read(fixture.home.join("m")).unwrap() == large());
+}
+
+#[tokio::test]
+async fn a_gzip_bomb_passes_through_in_small_pieces() {
+    let fixture = Fixture::new();
+    let answer =
+        post(&fixture, &[], &[MULTIPART, GZIP], gzip(&parts(&[("file", "zeros", &vec![0; 32 << 20])]))).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(fixture.home.join("zeros").metadata().unwrap().len(), 32 << 20);
+}
+
+#[tokio::test]
+async fn bad_encodings_are_the_clients_fault_and_leave_the_file_alone() {
+    let fixture = Fixture::new();
+    let path = fixture.write("f", "old");
+    for (encoding, body) in
+        [("gzip", b"not gzip at all".to_vec()), ("br", vec![1]), ("gzip, gzip", gzip(b"x"))]
+    {
+        let answer = post(&fixture, &[("path", "f")], &[OCTETS, ("content-encoding", encoding)], body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{encoding}");
+        assert_eq!(answer.json()["code"], 400);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    }
+    let cut = gzip(&large());
+    let answer = post(&fixture, &[("path", "f")], &[OCTETS, GZIP], cut[..cut.len() / 2].to_vec()).await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text());
+    let cut = gzip(&parts(&[("file", "m", b"x")]));
+    let answer = post(&fixture, &[], &[MULTIPART, GZIP], cut[..cut.len() - 12].to_vec()).await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text());
+    let answer = post(&fixture, &[("path", "f")], &[OCTETS, ("content-encoding", "identity")], "new").await;
+    assert_eq!(answer.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn requests_that_mean_nothing_are_refused() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.home.join("dir")).unwrap();
+    fixture.write("file", "x");
+    let one = || parts(&[("file", "", b"x")]);
+    let twice = parts(&[("file", "a", b"1"), ("file", "./b/../a", b"2")]);
+    let cases: [(Pairs, Pair, Vec<u8>, &str); 12] = [
+        (&[], OCTETS, vec![], "an upload of application/octet-stream needs the query parameter 'path'"),
+        (&[("path", "p")], ("content-type", "text/plain"), vec![], "unsupported content type: text/plain"),
+        (&[("path", "p")], ("x-none", ""), vec![], "unsupported content type: "),
+        (&[], MULTIPART, one(), "a part named 'file' has no filename, and the query has no 'path'"),
+        (&[], MULTIPART, twice, "is given twice in one upload"),
+        (&[("path", "dir")], OCTETS, vec![], "is a directory"),
+        (&[("path", "/")], OCTETS, vec![], "is a directory"),
+        (&[("path", "~root/x")], OCTETS, vec![], "cannot expand user-specific home dir"),
+        (&[("path", "file/below")], OCTETS, vec![], "cannot make the directory of"),
+        (&[("path", "/dev/null")], OCTETS, vec![], "path '/dev/null' is not a regular file"),
+        (&[], MULTIPART, b"--XX\r\nContent-Disposition: form-data".to_vec(), "malformed multipart body"),
+        (&[], ("content-type", "multipart/form-data"), vec![], "malformed multipart body"),
+    ];
+    for (pairs, content_type, body, message) in cases {
+        let answer = post(&fixture, pairs, &[content_type], body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{message}: {}", answer.text());
+        let reply = answer.json();
+        assert!(reply["message"].as_str().unwrap().contains(message), "{message}: {reply}");
+    }
+}
+
+#[tokio::test]
+async fn a_pipe_as_the_target_does_not_block() {
+    let fixture = Fixture::new();
+    let pipe = fixture.fifo("pipe");
+    let answer = post(&fixture, &[("path", "pipe")], &[OCTETS], "x").await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+    // With somebody at the other end the open would succeed.
+    let _reader = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
+    let answer = post(&fixture, &[("path", "pipe")], &[OCTETS], "x").await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+    let message = format!("path '{}' is not a regular file", pipe.display());
+    assert_eq!(answer.json(), json!({ "code": 400, "message": message }));
+}
+
+#[tokio::test]
+async fn part_headers_without_an_end_do_not_fill_memory() {
+    let fixture = Fixture::new();
+    let endless =
+        stream::iter((0..10_000).map(|_| Ok::<_, std::io::Error>(Bytes::from(vec![b'a'; 64 * 1024]))));
+    let head = stream::iter([Ok(Bytes::from_static(b"--XX\r\nContent-Disposition: "))]);
+    let body = Body::from_stream(futures_util::StreamExt::chain(head, endless));
+    let answer = post(&fixture, &[], &[MULTIPART], body).await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+    assert!(answer.text().contains("without a boundary"), "{}", answer.text());
+}
+
+#[tokio::test]
+async fn metadata_is_stored_shown_and_replaced() {
+    let fixture = Fixture::new();
+    if !has_attributes(&fixture.home) {
+        return;
+    }
+    let path = fixture.home.join("f");
+    let headers = [OCTETS, ("X-Metadata-Author", "ada"), ("x-metadata-kind", "a b")];
+    let answer = post(&fixture, &[("path", "f")], &headers, "x").await;
+    assert_eq!(answer.json()[0]["metadata"], json!({ "author": "ada", "kind": "a b" }));
+    assert_eq!(metadata(&path).len(), 2);
+    post(&fixture, &[("path", "f")], &[OCTETS, ("x-metadata-kind", "c")], "x").await;
+    assert_eq!(metadata(&path), [("kind".to_owned(), "c".to_owned())].into());
+    post(&fixture, &[("path", "f")], &[OCTETS], "x").await;
+    assert!(metadata(&path).is_empty());
+}
+
+#[tokio::test]
+async fn bad_metadata_is_refused_before_anything_is_written() {
+    let fixture = Fixture::new();
+    let headers = [OCTETS, ("x-metadata-k", "tab\there")];
+    assert_eq!(post(&fixture, &[("path", "f")], &headers, "x").await.status, StatusCode::BAD_REQUEST);
+    assert!(!fixture.home.join("f").exists());
+}
+
+#[tokio::test]
+async fn what_is_created_and_what_is_replaced_belongs_to_the_user() {
+    let fixture = Fixture::new();
+    if !is_root() {
+        return;
+    }
+    let owner = |path: &str| {
+        let metadata = fixture.home.join(path).metadata().unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    fixture.write("old", "x");
+    let home = owner("");
+    for path in ["old", "new/f"] {
+        let pairs = [("path", path), ("username", "other")];
+        assert_eq!(post(&fixture, &pairs, &[OCTETS], "x").await.status, StatusCode::OK);
+        assert_eq!(owner(path), (12345, 12346));
+    }
+    assert_eq!((owner("new"), owner("")), ((12345, 12346), home));
+}
+
+#[tokio::test]
+async fn a_planted_link_does_not_give_its_target_away() {
+    let fixture = Fixture::new();
+    if !is_root() {
+        return;
+    }
+    let secret = fixture.write("root-only", "old");
+    fixture.link("root-only", "out.txt");
+    let pairs = [("path", "out.txt"), ("username", "other")];
+    assert_eq!(post(&fixture, &pairs, &[OCTETS], "new").await.status, StatusCode::OK);
+    assert_eq!(secret.metadata().unwrap().uid(), 0);
+    assert_eq!(std::fs::read(&secret).unwrap(), b"new");
+}
+
+#[tokio::test]
+async fn an_existing_file_keeps_its_inode_and_mode() {
+    let fixture = Fixture::new();
+    let path = fixture.write("f", "a longer content than the new one");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o751)).unwrap();
+    let before = path.metadata().unwrap();
+    post(&fixture, &[("path", "f")], &[OCTETS], "new").await;
+    let after = path.metadata().unwrap();
+    assert_eq!((before.ino(), before.mode()), (after.ino(), after.mode()));
+    assert_eq!(std::fs::read(&path).unwrap(), b"new");
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_is_an_error_and_not_a_short_file() {
+    let fixture = Fixture::new();
+    let broken = || {
+        let pieces = [Ok(Bytes::from_static(
+            b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nhalf",
+        ))];
+        Body::from_stream(futures_util::StreamExt::chain(
+            stream::iter(pieces),
+            stream::iter([Err("reset by peer")]),
+        ))
+    };
+    for (pairs, kind) in [(&[("path", "f")][..], OCTETS), (&[][..], MULTIPART)] {
+        let answer = post(&fixture, pairs, &[kind], broken()).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+        assert!(answer.text().contains("the request body broke off"), "{}", answer.text());
+    }
+}
