@@ -1,11 +1,11 @@
 //! Files and directories as clients see them: the `filesystem.Filesystem` service and `/files`.
 //!
-//! [`Filesystem`] owns the operations. [`rpc`](self) speaks Connect for it and [`routes`] speaks HTTP; both are thin. Everything
-//! runs with the agent's own privileges: the user of a request decides what a path means and who owns what is created, and
-//! nothing else (contract: envd.md section 3). All file work happens on the blocking threads, never on the runtime's own.
+//! [`Filesystem`] owns the operations. `rpc` speaks Connect for it and [`routes`] speaks HTTP; both are thin. Everything runs
+//! with the agent's own privileges: the user of a request decides what a path means and who owns what is created, and nothing
+//! else (contract: envd.md section 3). All file work happens on the blocking threads, never on the runtime's own.
 //!
-//! Where to look: [`entry`] describes one file, [`list`] walks, [`change`] and [`transfer`] alter the tree, [`files`] moves
-//! contents, [`sys`] has the system calls for extended attributes, [`error`] the failures.
+//! Where to look: `entry` describes one file, `list` walks, `change` and `transfer` alter the tree, `files` moves contents, `sys`
+//! has the system calls for extended attributes, `error` the failures.
 
 mod change;
 mod entry;

@@ -16,7 +16,7 @@ use super::FilesError;
 use crate::filesystem::error::{Fault, fault};
 
 /// Large enough that the hop to a blocking thread does not matter, small enough for hundreds of transfers at once.
-const CHUNK: usize = 256 * 1024;
+const CHUNK: usize = 128 * 1024;
 /// Up to here a file is read at once. More than any procfs page that lies about its size is likely to be.
 const WHOLE: usize = 64 * 1024;
 

@@ -58,7 +58,8 @@ impl Destination {
         let metadata = file.metadata().map_err(FilesError::io("stat", path))?;
         regular(path, &metadata)?;
         let belongs = metadata.uid() == owner.uid && metadata.gid() == owner.gid;
-        if !belongs && !(existed && reached_through_a_link(&file, path)) {
+        let keeps = belongs || (existed && reached_through_a_link(&file, path));
+        if !keeps {
             owner.take(&file).map_err(FilesError::io("change the owner of", path))?;
         }
         Ok(Self {

@@ -80,11 +80,8 @@ pub(super) fn replace(
 }
 
 fn apply(file: &File, metadata: &BTreeMap<String, String>) -> io::Result<()> {
-    let stale = match sys::list(&sys::Carrier::File(file.as_fd())) {
-        Ok(names) => names,
-        // Without attributes there is nothing stale; setting one below says what is wrong.
-        Err(_) => Vec::new(),
-    };
+    // A file system without attributes has nothing stale; setting one below says what is wrong.
+    let stale = sys::list(&sys::Carrier::File(file.as_fd())).unwrap_or_default();
     for name in stale {
         if sys::text(&name).as_bytes().starts_with(METADATA_PREFIX.as_bytes()) {
             sys::remove(file.as_fd(), &name)?;

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::extract::DefaultBodyLimit;
+use axum::middleware::map_request;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::{HeaderValue, StatusCode, header};
@@ -41,6 +42,7 @@ pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
         .layer(DefaultBodyLimit::disable())
         // Removes the header of what it decodes; the upload refuses a request that still has one.
         .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
+        .layer(map_request(upload::keep_wire_body))
         .with_state(filesystem)
 }
 

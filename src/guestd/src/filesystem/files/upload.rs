@@ -1,7 +1,6 @@
 //! `POST /files` (contract: envd.md section 4.6).
 
 use std::collections::{BTreeMap, HashSet};
-use std::error::Error as _;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,11 +45,11 @@ pub(super) async fn upload(
     Query(query): Query<FilesQuery>,
     request: Request,
 ) -> Result<Response, FilesError> {
-    let (parts, body) = request.into_parts();
-    let body = SharedBody::new(body);
-    let result = receive(&filesystem, &query, parts, body.clone()).await;
-    if result.is_err() {
-        body.drain().await;
+    let (mut parts, body) = request.into_parts();
+    let wire = parts.extensions.remove::<WireBody>();
+    let result = receive(&filesystem, &query, parts, body.into_data_stream()).await;
+    if let (Err(_), Some(wire)) = (&result, wire) {
+        wire.drain().await;
     }
     result.map(|uploaded| axum::Json(uploaded).into_response())
 }
@@ -59,7 +58,7 @@ async fn receive(
     filesystem: &Arc<Filesystem>,
     query: &FilesQuery,
     mut parts: http::request::Parts,
-    body: SharedBody,
+    body: BodyDataStream,
 ) -> Result<Vec<Uploaded>, FilesError> {
     let metadata = Arc::new(metadata::parse(&parts.headers)?);
     refuse_encodings(&parts.headers)?;
@@ -100,13 +99,13 @@ struct Upload {
 }
 
 impl Upload {
-    async fn octet_stream(&mut self, path: &str, mut body: SharedBody) -> Result<(), FilesError> {
+    async fn octet_stream(&mut self, path: &str, mut body: BodyDataStream) -> Result<(), FilesError> {
         // The first bytes tell whether it is gzip at all, before the file is touched.
-        let mut next = body.next().await.transpose()?;
+        let mut next = body.next().await.transpose().map_err(body_error)?;
         let mut file = self.open(path).await?;
         while let Some(bytes) = next {
             file.write(bytes).await?;
-            next = body.next().await.transpose()?;
+            next = body.next().await.transpose().map_err(body_error)?;
         }
         self.finish(file).await
     }
@@ -115,7 +114,7 @@ impl Upload {
         &mut self,
         path: Option<&str>,
         parts: http::request::Parts,
-        body: SharedBody,
+        body: BodyDataStream,
     ) -> Result<(), FilesError> {
         let held = Held::default();
         let body = Body::from_stream(Paced::new(body, held.clone()));
@@ -184,31 +183,50 @@ async fn chunk(field: &mut Field<'_>, held: &Held) -> Result<Option<Bytes>, File
 
 /// The body's own error, which the parser passes on, or the parser's.
 fn multipart_error(error: MultipartError) -> FilesError {
-    let mut cause = error.source();
+    match cause_of(&error) {
+        Some(cause) => cause,
+        None => FilesError::Multipart { message: error.body_text() },
+    }
+}
+
+fn body_error(error: axum::Error) -> FilesError {
+    cause_of(&error).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
+}
+
+/// What was wrong with the body, when the body is what was wrong: the connection's failures are marked where the body comes in,
+/// and the decoder's are those of std.
+fn cause_of(error: &(dyn std::error::Error + 'static)) -> Option<FilesError> {
+    let mut cause = Some(error);
     while let Some(error) = cause {
+        let message = error.to_string();
         if error.is::<TooMuchHeld>() {
-            return FilesError::Multipart { message: error.to_string() };
-        }
-        if let Some(broken) = error.downcast_ref::<BodyFailure>() {
-            return broken.clone().into();
+            return Some(FilesError::Multipart { message });
+        } else if error.is::<BrokenOff>() {
+            return Some(FilesError::BodyBroken { message });
+        } else if error.is::<std::io::Error>() {
+            return Some(FilesError::BadGzip { message });
         }
         cause = error.source();
     }
-    FilesError::Multipart { message: error.body_text() }
+    None
 }
 
-/// The request body, in two hands: the one that parses it, and the one that empties it when parsing has failed.
+/// Makes the body available twice: to the upload, decoded, and to its end, as it comes from the wire.
+pub(super) async fn keep_wire_body(request: Request) -> Request {
+    let (mut parts, body) = request.into_parts();
+    let wire = WireBody(Arc::new(Mutex::new(body.into_data_stream().fuse())));
+    parts.extensions.insert(wire.clone());
+    Request::from_parts(parts, Body::from_stream(wire))
+}
+
+/// The request body in two hands: the one that decodes and parses it, and the one that empties it when that has failed.
 ///
 /// A server that answers in the middle of a request and closes sends a reset, and the answer is lost with it: most clients read
 /// nothing until they have sent everything.
 #[derive(Clone, Debug)]
-struct SharedBody(Arc<Mutex<Fuse<BodyDataStream>>>);
+struct WireBody(Arc<Mutex<Fuse<BodyDataStream>>>);
 
-impl SharedBody {
-    fn new(body: Body) -> Self {
-        Self(Arc::new(Mutex::new(body.into_data_stream().fuse())))
-    }
-
+impl WireBody {
     /// Reads the rest, for a while.
     async fn drain(mut self) {
         let emptied = async { while let Some(Ok(_)) = self.next().await {} };
@@ -217,46 +235,16 @@ impl SharedBody {
     }
 }
 
-impl Stream for SharedBody {
-    type Item = Result<Bytes, BodyFailure>;
+impl Stream for WireBody {
+    type Item = Result<Bytes, BrokenOff>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let mut body = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        body.poll_next_unpin(cx).map_err(BodyFailure::from)
+        body.poll_next_unpin(cx).map_err(|error| BrokenOff(error.to_string()))
     }
 }
 
-/// Why the body ended early. It travels through the multipart parser, which keeps it as a cause.
-#[derive(Clone, Debug, thiserror::Error)]
-enum BodyFailure {
-    #[error("{0}")]
-    Gzip(String),
-    #[error("{0}")]
-    Connection(String),
-}
-
-impl From<axum::Error> for BodyFailure {
-    /// The decoder's errors are those of std; the connection's are hyper's, which may have one of std's as their cause.
-    fn from(error: axum::Error) -> Self {
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-        while let Some(error) = cause {
-            if error.is::<hyper::Error>() {
-                break;
-            }
-            if let Some(error) = error.downcast_ref::<std::io::Error>() {
-                return Self::Gzip(error.to_string());
-            }
-            cause = error.source();
-        }
-        Self::Connection(error.to_string())
-    }
-}
-
-impl From<BodyFailure> for FilesError {
-    fn from(failure: BodyFailure) -> Self {
-        match failure {
-            BodyFailure::Gzip(message) => Self::BadGzip { message },
-            BodyFailure::Connection(message) => Self::BodyBroken { message },
-        }
-    }
-}
+/// The client went, or its connection did.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BrokenOff(String);

@@ -310,3 +310,19 @@ async fn a_body_that_breaks_off_is_an_error_and_not_a_short_file() {
         assert!(answer.text().contains("the request body broke off"), "{}", answer.text());
     }
 }
+
+#[tokio::test]
+async fn a_refused_upload_is_read_to_its_end_so_that_the_answer_arrives() {
+    let fixture = Fixture::new();
+    let headers = [&[OCTETS][..], &[MULTIPART], &[OCTETS, GZIP], &[("content-type", "text/plain")]];
+    for headers in headers {
+        let (sender, read) = std::sync::mpsc::channel();
+        let pieces = (0..50).map(move |number| {
+            sender.send(number).unwrap();
+            Ok::<_, std::io::Error>(Bytes::from_static(b"--neither a boundary nor gzip"))
+        });
+        let answer = post(&fixture, &[("path", "/")], headers, Body::from_stream(stream::iter(pieces))).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{headers:?}");
+        assert_eq!(read.iter().count(), 50, "{headers:?}");
+    }
+}
