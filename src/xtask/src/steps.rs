@@ -13,6 +13,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// How much of a failed program's output is shown.
 const TAIL_LINES: usize = 40;
+const LINE_WIDTH: usize = 300;
+/// The system's own words, which every program passes on.
+pub const DISK_FULL: &str = "No space left on device";
 
 /// Runs `work` under a title. The error, if there is one, is said by `main`; here only that the step failed.
 pub fn step<T>(title: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -113,14 +116,27 @@ fn tail(log: &mut File) -> String {
     let mut bytes = Vec::new();
     let read = log.seek(SeekFrom::Start(0)).and_then(|_| log.read_to_end(&mut bytes));
     match read {
-        Ok(_) => last_lines(&String::from_utf8_lossy(&bytes)),
+        Ok(_) => {
+            let text = String::from_utf8_lossy(&bytes);
+            disk_full_line(&text).unwrap_or_default() + &last_lines(&text)
+        }
         Err(error) => format!("(its output cannot be read: {error})"),
     }
 }
 
 fn last_lines(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
-    lines[lines.len().saturating_sub(TAIL_LINES)..].iter().map(|line| format!("    {line}\n")).collect()
+    lines[lines.len().saturating_sub(TAIL_LINES)..].iter().map(|line| indented(line)).collect()
+}
+
+/// Programs go on for a while after the disk was full, so the reason may be far above the end.
+fn disk_full_line(text: &str) -> Option<String> {
+    text.lines().find(|line| line.contains(DISK_FULL)).map(indented)
+}
+
+fn indented(line: &str) -> String {
+    let end = line.char_indices().nth(LINE_WIDTH).map_or(line.len(), |(at, _)| at);
+    format!("    {}{}\n", &line[..end], if end < line.len() { "..." } else { "" })
 }
 
 #[cfg(test)]
@@ -132,6 +148,13 @@ mod tests {
         let error =
             quietly(Command::new("sh").args(["-c", "echo reason >&2; exit 3"])).unwrap_err().to_string();
         assert!(error.contains("reason") && error.contains('3'), "{error}");
+    }
+
+    #[test]
+    fn a_full_disk_is_reported_however_long_ago_it_was() {
+        let script = format!("echo 'cp: x: {DISK_FULL}'; seq 1000; exit 1");
+        let error = quietly(Command::new("sh").args(["-c", &script])).unwrap_err().to_string();
+        assert!(error.contains(&format!("x: {DISK_FULL}")) && error.contains("1000"), "{error}");
     }
 
     #[test]

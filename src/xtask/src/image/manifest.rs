@@ -57,6 +57,13 @@ impl FileDigest {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// Whether a file of the cache still has the size that it was made with. The output folder's files are second names
+    /// of the cache's, so whoever cuts one off cuts the other.
+    pub fn still_fits(path: &Path) -> bool {
+        let size = std::fs::metadata(path).map(|found| found.len());
+        Self::read_beside(path).is_ok_and(|digest| size.is_ok_and(|size| size == digest.size))
+    }
+
     pub fn read_beside(path: &Path) -> Result<Self> {
         let path = beside(path);
         let text =
@@ -126,6 +133,18 @@ mod tests {
         assert!(!manifest.sizes_match(folder.path()));
         std::fs::remove_file(folder.path().join("vmlinux")).unwrap();
         assert!(!manifest.sizes_match(folder.path()));
+    }
+
+    #[test]
+    fn a_cached_file_that_was_cut_off_through_its_other_name_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let [cached, placed] = ["cached", "placed"].map(|name| folder.path().join(name));
+        std::fs::write(&cached, "kernel").unwrap();
+        FileDigest::of(&cached).unwrap().write_beside(&cached).unwrap();
+        store::place(&cached, &placed).unwrap();
+        assert!(FileDigest::still_fits(&cached));
+        std::fs::File::options().write(true).open(&placed).unwrap().set_len(3).unwrap();
+        assert!(!FileDigest::still_fits(&cached));
     }
 
     #[test]

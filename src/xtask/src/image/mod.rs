@@ -30,7 +30,7 @@ use recipe::Template;
 use store::Cache;
 
 /// Part of every cache key: changes when the same inputs are to give another result.
-const BUILDER_VERSION: &str = "2";
+const BUILDER_VERSION: &str = "4";
 
 const VMLINUX: &str = "vmlinux";
 const INITRD: &str = "initrd.cpio";
@@ -110,12 +110,11 @@ pub fn build(options: &Options, agent: &Path) -> Result<()> {
 fn system(template: &Template, cache: &Cache, refresh: bool) -> Result<PathBuf> {
     let name = &template.recipe.name;
     let key = store::digest_texts(&[BUILDER_VERSION, &template.text, &system::tool_versions()?]);
-    match cache.find("system", &key) {
-        Some(folder) if !refresh => return Ok(folder),
-        Some(folder) => {
-            std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?
+    if let Some(folder) = cache.find("system", &key) {
+        if !refresh && FileDigest::still_fits(&folder.join(system::SQUASHFS)) {
+            return Ok(folder);
         }
-        None => {}
+        cache.forget(&folder)?;
     }
     steps::step(&format!("install the packages of `{name}` (about a minute)"), || {
         cache.fill("system", &key, system::NEEDED_BYTES, |out| {
@@ -131,7 +130,10 @@ fn kernel(template: &Template, cache: &Cache, system: &Path) -> Result<PathBuf> 
     let modules = &template.recipe.kernel.modules;
     let key = store::digest_texts(&[BUILDER_VERSION, &store::digest_file(&package)?, &modules.join(",")]);
     if let Some(folder) = cache.find("kernel", &key) {
-        return Ok(folder);
+        if FileDigest::still_fits(&folder.join(VMLINUX)) {
+            return Ok(folder);
+        }
+        cache.forget(&folder)?;
     }
     steps::step("unpack the kernel", || {
         cache.fill("kernel", &key, KERNEL_BYTES, |out| {

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Error, Result, bail};
 use sha2::{Digest, Sha256};
 
+use crate::steps;
+
 /// A cache of folders, used by one process at a time.
 #[derive(Debug)]
 pub struct Cache {
@@ -27,14 +29,22 @@ impl Cache {
             lock.lock().with_context(|| format!("cannot lock {}", path.display()))?;
         }
         let cache = Self { folder: folder.to_owned(), _lock: lock };
-        // What a run that was cut off has left. Nobody else is here.
-        cache.remove_all("unfinished-", None)?;
+        // What a run that was cut off has left. A program that it had started may still be writing there: it ends when
+        // its folder goes, and what it leaves is removed by the next run.
+        if let Err(error) = cache.remove_all("unfinished-", None) {
+            eprintln!("     left over from a run that was cut off: {error:#}");
+        }
         Ok(cache)
     }
 
     /// The folder for `key`, if it was finished once.
     pub fn find(&self, kind: &str, key: &str) -> Option<PathBuf> {
         Some(self.path(kind, key)).filter(|folder| folder.is_dir())
+    }
+
+    /// Removes a result that is not to be used again.
+    pub fn forget(&self, folder: &Path) -> Result<()> {
+        std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
     }
 
     /// Lets `make` fill an empty folder and keeps it under `key`. Older results of the same kind are removed: their
@@ -47,7 +57,7 @@ impl Cache {
         make: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
         require_space(&self.folder, needed_bytes)?;
-        let unfinished = self.folder.join(format!("unfinished-{kind}"));
+        let unfinished = self.folder.join(format!("unfinished-{kind}-{}", std::process::id()));
         create_folder(&unfinished)?;
         if let Err(error) = make(&unfinished) {
             let error = explain_space(error, &self.folder, needed_bytes);
@@ -149,7 +159,7 @@ pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
 
 /// Programs report a full disk in their own words, or not at all.
 fn explain_space(error: Error, folder: &Path, needed: u64) -> Error {
-    let says_so = format!("{error:#}").contains("No space left on device");
+    let says_so = format!("{error:#}").contains(steps::DISK_FULL);
     if says_so || free_bytes(folder).is_some_and(|free| free < 1 << 20) {
         error.context(space_message(folder, needed))
     } else {

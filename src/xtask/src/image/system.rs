@@ -31,7 +31,7 @@ pub fn tool_versions() -> Result<String> {
     Ok(format!("{}\n{}", first_line(&mmdebstrap), first_line(&sqfstar)))
 }
 
-/// Builds into the empty folder `out`.
+/// Builds into the empty folder `out`, an absolute path.
 pub fn build(template: &Template, out: &Path) -> Result<()> {
     let recipe = &template.recipe;
     let fetch_kernel = workspace::root().join("rootfs/fetch-kernel.sh");
@@ -39,8 +39,11 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
         .with_context(|| format!("cannot read {}", fetch_kernel.display()))?;
 
     let archive = out.join("rootfs.tar");
-    let mut command = Command::new("mmdebstrap");
-    command.current_dir(out).env("SOURCE_DATE_EPOCH", recipe.source_date_epoch.to_string());
+    // The caller's umask must not become the image's. The folder is one that every user can be in: without root the
+    // scripts run as somebody who may not be able to enter ours.
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 022 && exec \"$@\"", "sh", "mmdebstrap"]).current_dir("/");
+    command.env("SOURCE_DATE_EPOCH", recipe.source_date_epoch.to_string());
     if workspace::is_root() {
         // Where there is room has been checked. Without root the tree belongs to other user ids, which may not be able
         // to enter the repository's folders, so mmdebstrap chooses.
@@ -54,7 +57,7 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
     command.args(template.scripts.iter().map(|script| format!("--customize-hook={script}")));
     command.arg(format!("--customize-hook=KERNEL_PACKAGE='{}'\n{fetch_kernel}", recipe.kernel.package));
     for name in [KERNEL_PACKAGE, PACKAGES] {
-        command.arg(format!("--customize-hook=copy-out /{HANDOVER}/{name} ."));
+        command.arg(format!("--customize-hook=copy-out /{HANDOVER}/{name} '{}'", out.display()));
     }
     command.arg(format!("--customize-hook=rm -r \"$1/{HANDOVER}\""));
     command.arg(&recipe.suite).arg(&archive);
@@ -66,13 +69,19 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
 
 fn pack(archive: &Path, image: &Path, time: u32) -> Result<()> {
     let input = File::open(archive).with_context(|| format!("cannot read {}", archive.display()))?;
-    let mut command = Command::new("sqfstar");
-    // Without this the root folder, which has no name in the archive, would get the time of the build.
-    command.env("SOURCE_DATE_EPOCH", time.to_string());
+    // The root folder has no name in the archive, so it gets the user, the group and the time of this process; the
+    // program's options for them do nothing (4.5.1), its option for the permissions works.
+    let mut command = if workspace::is_root() {
+        Command::new("sqfstar")
+    } else {
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "sqfstar"]);
+        command
+    };
+    command.env("SOURCE_DATE_EPOCH", time.to_string()).args(["-root-mode", "755"]);
     // The kernel or the container runtime fills /dev; device nodes in an image only trouble whoever unpacks it.
     // LZ4 is the format that an emulated machine unpacks fastest.
     command.args(["-comp", "lz4", "-Xhc", "-reproducible", "-no-progress", "-quiet", "-exit-on-error"]);
-    command.args(["-root-mode", "755", "-root-uid", "0", "-root-gid", "0"]);
     let output = command.arg(image).arg("dev/*").stdin(input).output().context("cannot run `sqfstar`")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "`sqfstar` failed ({}):\n{said}", output.status);
