@@ -32,6 +32,8 @@ pub enum HoldClass {
     Watch,
     /// A request to a port inside the guest, through the proxy.
     GuestPort,
+    /// An upgraded connection (WebSocket) to a port inside the guest.
+    GuestStream,
     /// Taken from inside the guest, with a time limit of its own.
     Inhibitor,
     /// An SDK's `connect`.
@@ -39,7 +41,7 @@ pub enum HoldClass {
 }
 
 impl HoldClass {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Call,
         Self::Command,
         Self::Detached,
@@ -48,6 +50,7 @@ impl HoldClass {
         Self::Code,
         Self::Watch,
         Self::GuestPort,
+        Self::GuestStream,
         Self::Inhibitor,
         Self::Connect,
     ];
@@ -63,6 +66,7 @@ impl HoldClass {
             Self::Code => "code",
             Self::Watch => "watch",
             Self::GuestPort => "guest_port",
+            Self::GuestStream => "guest_stream",
             Self::Inhibitor => "inhibitor",
             Self::Connect => "connect",
         }
@@ -111,9 +115,11 @@ impl Policy {
             | HoldClass::Code
             | HoldClass::GuestPort
             | HoldClass::Inhibitor => Counting::WhileHeld,
-            HoldClass::Terminal | HoldClass::Transfer | HoldClass::Watch | HoldClass::Connect => {
-                Counting::OnProgress
-            }
+            HoldClass::Terminal
+            | HoldClass::Transfer
+            | HoldClass::Watch
+            | HoldClass::GuestStream
+            | HoldClass::Connect => Counting::OnProgress,
             HoldClass::Detached => Counting::Never,
         }
     }

@@ -1,0 +1,90 @@
+//! The control plane: E2B's REST calls, which Novita's and PPIO's SDKs share, and hostd's own admin calls (contract: control-plane.md
+//! section 1).
+//!
+//! Every answer that is not a success is JSON with the status in it, unknown routes included: the JavaScript SDKs decide by it.
+
+mod admin;
+mod error;
+mod query;
+mod sandboxes;
+mod shapes;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use subtle::ConstantTimeEq;
+
+use crate::lifetime::Sandboxes;
+pub use error::ApiError;
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub struct Api {
+    pub sandboxes: Arc<Sandboxes>,
+    /// The keys that are accepted; any, when there is none.
+    pub keys: Arc<Vec<String>>,
+}
+
+/// The API's router.
+pub fn router(api: Api) -> Router {
+    Router::new()
+        .route("/sandboxes", post(sandboxes::create).get(query::list_v1))
+        .route("/v2/sandboxes", post(sandboxes::create).get(query::list_v2))
+        .route("/sandboxes/{id}", get(query::detail).delete(sandboxes::kill))
+        .route("/v2/sandboxes/{id}", delete(sandboxes::kill))
+        .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
+        .route("/sandboxes/{id}/connect", post(sandboxes::connect))
+        .route("/v2/sandboxes/{id}/connect", post(sandboxes::connect))
+        .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
+        .route("/sandboxes/{id}/pause", post(sandboxes::unsupported))
+        .route("/sandboxes/{id}/resume", post(sandboxes::unsupported))
+        .route("/sandboxes/{id}/snapshots", post(sandboxes::unsupported))
+        .route("/sandboxes/{id}/fork", post(sandboxes::unsupported))
+        .route("/sandboxes/{id}/metrics", get(query::metrics))
+        .route("/sandboxes/{id}/idle", get(admin::explain))
+        .route("/tombstones", get(admin::tombstones))
+        .route("/metrics", get(admin::metrics))
+        .layer(middleware::from_fn_with_state(api.clone(), authorize))
+        .route("/health", get(|| async { StatusCode::OK }))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(unknown_method)
+        .with_state(api)
+}
+
+async fn unknown_route(request: Request) -> Response {
+    ApiError::new(
+        StatusCode::NOT_FOUND,
+        format!("no such route: {} {}", request.method(), request.uri().path()),
+    )
+    .into_response()
+}
+
+async fn unknown_method(request: Request) -> Response {
+    let message = format!("{} is not possible on {}", request.method(), request.uri().path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).into_response()
+}
+
+async fn authorize(State(api): State<Api>, request: Request, next: Next) -> Response {
+    if !api.keys.is_empty() && !has_key(&api.keys, &request) {
+        return ApiError::new(StatusCode::UNAUTHORIZED, "X-API-KEY: the API key is missing or wrong")
+            .into_response();
+    }
+    next.run(request).await
+}
+
+fn has_key(keys: &[String], request: &Request) -> bool {
+    let headers = request.headers();
+    let key = headers.get("x-api-key").map(|value| value.as_bytes());
+    let bearer = headers.get("authorization").and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    let given = [key, bearer];
+    // All are compared, whichever is found first.
+    keys.iter().fold(false, |found, key| {
+        let same = |given: &Option<&[u8]>| given.is_some_and(|given| bool::from(key.as_bytes().ct_eq(given)));
+        given.iter().any(same) | found
+    })
+}

@@ -1,0 +1,174 @@
+//! What the operator can set, as flags or environment variables.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use guestd_idle::Limits;
+
+/// The host supervisor: boots microVMs, brings SDK traffic to them, and ends them when they are idle or due.
+#[derive(Debug, Parser)]
+#[command(name = "hostd", version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the supervisor.
+    Serve(Box<Serve>),
+    /// Say why a sandbox is alive, or why it is gone.
+    Explain(Explain),
+    /// The process around one sandbox; started by `serve`.
+    #[command(hide = true)]
+    Guard,
+}
+
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// The sandbox's id.
+    pub id: String,
+    /// Where the supervisor's API listens.
+    #[arg(long, default_value = "http://127.0.0.1:3000", env = "HOSTD_API_URL")]
+    pub api: String,
+    /// The API key, if the supervisor asks for one.
+    #[arg(long, env = "HOSTD_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RuntimeChoice {
+    /// QEMU where it is installed, else containers.
+    Auto,
+    Qemu,
+    Container,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AccelChoice {
+    /// KVM where a probe shows that it boots a kernel, else emulation.
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LinkChoice {
+    /// vsock where vhost-device-vsock is installed, else the serial port.
+    Auto,
+    Vsock,
+    Serial,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnExit {
+    /// End all sandboxes, with the reason host_shutdown.
+    Stop,
+    /// Leave them running for the next start to take over.
+    Keep,
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Records and run folders; made if missing. One supervisor at a time.
+    #[arg(long, env = "HOSTD_DATA", default_value = "/var/lib/hostd")]
+    pub data: PathBuf,
+    /// Templates, a folder each, as `cargo xtask image` makes them.
+    #[arg(long, env = "HOSTD_IMAGES", default_value = "/var/lib/hostd/images")]
+    pub images: PathBuf,
+    /// Where the control plane listens.
+    #[arg(long, env = "HOSTD_API", default_value = "127.0.0.1:3000")]
+    pub api: SocketAddr,
+    /// Where the sandbox proxy listens.
+    #[arg(long, env = "HOSTD_PROXY", default_value = "127.0.0.1:3002")]
+    pub proxy: SocketAddr,
+    /// An API key to accept; repeatable. Without one any key is accepted, which is possible on a loopback address only.
+    #[arg(long, env = "HOSTD_API_KEYS", value_delimiter = ',', hide_env_values = true)]
+    pub api_key: Vec<String>,
+    /// Accept any API key on an address that others can reach.
+    #[arg(long)]
+    pub insecure_open: bool,
+    #[arg(long, env = "HOSTD_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
+    pub runtime: RuntimeChoice,
+    #[arg(long, env = "HOSTD_ACCEL", value_enum, default_value_t = AccelChoice::Auto)]
+    pub accel: AccelChoice,
+    #[arg(long, env = "HOSTD_LINK", value_enum, default_value_t = LinkChoice::Auto)]
+    pub link: LinkChoice,
+    /// Seconds that no sandbox outlives.
+    #[arg(long, env = "HOSTD_MAX_LIFETIME", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub max_lifetime: u64,
+    /// The lowest idle_timeout that is accepted, in seconds.
+    #[arg(long, env = "HOSTD_IDLE_FLOOR", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub idle_floor: u64,
+    /// How many sandboxes may be alive at once.
+    #[arg(long, env = "HOSTD_MAX_SANDBOXES", default_value_t = 1000)]
+    pub max_sandboxes: usize,
+    /// Memory of a sandbox, in MiB.
+    #[arg(long, env = "HOSTD_MEMORY_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(128..=1_048_576))]
+    pub memory_mb: u32,
+    /// Processors of a sandbox. One is best under emulation.
+    #[arg(long, env = "HOSTD_CPUS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub cpus: u32,
+    /// Serve one template under another name, as NAME=TEMPLATE; repeatable. A folder of that name wins.
+    #[arg(long, value_parser = parse_alias, default_value = "code-interpreter-v1=base")]
+    pub alias: Vec<(String, String)>,
+    /// What to do with the sandboxes when this supervisor is asked to end. A killed one always leaves them.
+    #[arg(long, env = "HOSTD_ON_EXIT", value_enum, default_value_t = OnExit::Stop)]
+    pub on_exit: OnExit,
+    #[arg(long, env = "HOSTD_QEMU", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    #[arg(long, env = "HOSTD_VHOST_DEVICE_VSOCK", default_value = "vhost-device-vsock")]
+    pub vhost_device_vsock: PathBuf,
+    #[arg(long, env = "HOSTD_RUNC", default_value = "runc")]
+    pub runc: PathBuf,
+    /// Run each VM as a user of its own, from this number on; 0 runs them as the supervisor's user. Only as root.
+    #[arg(long, env = "HOSTD_FIRST_UID", default_value_t = 2_000_000)]
+    pub first_uid: u32,
+    /// For tests of the two-phase release: a pause in each of its windows, in milliseconds.
+    #[arg(long, env = "HOSTD_RELEASE_PAUSE_MS", default_value_t = 0, hide = true)]
+    pub release_pause_ms: u64,
+}
+
+impl Serve {
+    pub fn limits(&self) -> Limits {
+        let max_lifetime = Duration::from_secs(self.max_lifetime);
+        Limits { idle_floor: Duration::from_secs(self.idle_floor), max_lifetime, ..Limits::default() }
+    }
+
+    pub fn aliases(&self) -> BTreeMap<String, String> {
+        self.alias.iter().cloned().collect()
+    }
+
+    /// # Errors
+    /// With what is contradictory.
+    pub fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.idle_floor <= self.max_lifetime,
+            "--idle-floor ({}) is above --max-lifetime ({})",
+            self.idle_floor,
+            self.max_lifetime
+        );
+        let open = self.api_key.iter().all(|key| key.is_empty());
+        anyhow::ensure!(
+            self.api.ip().is_loopback() || !open || self.insecure_open,
+            "--api {} can be reached by others and no --api-key is set: set one, or say --insecure-open",
+            self.api
+        );
+        Ok(())
+    }
+}
+
+fn parse_alias(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, target)) if !name.is_empty() && !target.is_empty() => {
+            Ok((name.to_owned(), target.to_owned()))
+        }
+        _ => Err("an alias is NAME=TEMPLATE".to_owned()),
+    }
+}

@@ -1,0 +1,241 @@
+//! Bringing a sandbox up: boot, `/init`, and on disk before anybody hears of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guestd_idle::terms::Asked;
+use guestd_idle::{Lifetime, TermsError};
+use guestd_protocol::init::InitRequest;
+use http::HeaderValue;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{Sandbox, Sandboxes};
+use crate::clock;
+use crate::ids;
+use crate::link::{Link, LinkError};
+use crate::runtime::{self, Image, ImageError, Machine, StartError};
+use crate::store::{Record, Stage, StoreError};
+
+/// The pause between two tries to reach an agent that is still booting.
+const TRY_AGAIN: Duration = Duration::from_millis(40);
+
+/// Random bytes in an access token and in a control credential.
+const TOKEN_BYTES: usize = 32;
+
+/// The user and the folder that SDKs expect to land in.
+const DEFAULT_USER: &str = "user";
+
+/// What a create call asks for.
+#[derive(Debug, Default)]
+pub struct CreateRequest {
+    pub template: String,
+    pub timeout: Option<i64>,
+    pub metadata: BTreeMap<String, String>,
+    pub env_vars: BTreeMap<String, String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    #[error(transparent)]
+    Terms(#[from] TermsError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("this host runs {0} sandboxes already, the most that it may (--max-sandboxes)")]
+    Full(usize),
+    #[error("the sandbox could not be started: {0}")]
+    Start(#[from] StartError),
+    #[error("the sandbox could not be started: {0}")]
+    Boot(String),
+    #[error("the sandbox could not be recorded: {0}")]
+    Store(#[from] StoreError),
+    #[error("the sandbox could not be started: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl Sandboxes {
+    /// Creates a sandbox; it answers to its SDK when this returns. Runs to its end even if the caller goes away.
+    ///
+    /// # Errors
+    /// What was wrong with the request, or why the sandbox did not come up; nothing is left behind.
+    pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Arc<Sandbox>, CreateError> {
+        let idle_timeout = request.metadata.get(guestd_idle::terms::IDLE_TIMEOUT_KEY);
+        let asked = Asked::parse(request.timeout, idle_timeout.map(String::as_str), &self.setup.limits)?;
+        let images = Arc::clone(&self.setup.images);
+        let name = request.template.clone();
+        let image = tokio::task::spawn_blocking(move || images.find(&name))
+            .await
+            .map_err(|_| CreateError::Boot("the host is shutting down".to_owned()))??;
+        let full = |_| CreateError::Full(self.setup.max_sandboxes);
+        let place = Arc::clone(&self.places).try_acquire_owned().map_err(full)?;
+        let sandboxes = Arc::clone(self);
+        let task = tokio::spawn(async move { sandboxes.bring_up(request, asked, image, place).await });
+        task.await.map_err(|_| CreateError::Boot("the host is shutting down".to_owned()))?
+    }
+
+    async fn bring_up(
+        self: Arc<Self>,
+        request: CreateRequest,
+        asked: Asked,
+        image: Image,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Arc<Sandbox>, CreateError> {
+        let begun = Instant::now();
+        let mut record = self.draft(request.template, &image, request.metadata)?;
+        let id = record.id.clone();
+        let Ok(boot) = self.boots.acquire().await else {
+            return Err(CreateError::Boot("the host is shutting down".to_owned()));
+        };
+        self.store.put(record.clone()).await?;
+        let brought = self.boot(&mut record, asked, &image, request.env_vars).await;
+        drop(boot);
+        match brought {
+            Ok((machine, link, lifetime)) => {
+                let sandbox = Sandbox::new(record, link, machine, lifetime);
+                self.enter(Arc::clone(&sandbox), place);
+                self.metrics.created(begun.elapsed());
+                tracing::info!(sandbox = id, took_ms = begun.elapsed().as_millis(), "sandbox created");
+                Ok(sandbox)
+            }
+            Err(error) => {
+                tracing::error!(sandbox = id, %error, "a sandbox did not come up");
+                self.metrics.failed.inc();
+                if let Err(error) = self.store.forget(id).await {
+                    tracing::error!(%error, "a failed create stays in the store until the next start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn boot(
+        &self,
+        record: &mut Record,
+        asked: Asked,
+        image: &Image,
+        env_vars: BTreeMap<String, String>,
+    ) -> Result<(Machine, Link, Lifetime), CreateError> {
+        let setup = &self.setup;
+        let machine = runtime::start(&*setup.runtime, &record.id, &setup.runs, image, setup.size)?;
+        record.placement = Some(machine.placement.clone());
+        let booted = async {
+            // With its guard's number, so that a supervisor that dies now leaves something to be found by the next.
+            self.store.put(record.clone()).await?;
+            let control = HeaderValue::from_str(&record.control).map_err(std::io::Error::other)?;
+            let link = Link::new(machine.placement.transport.clone(), control);
+            record.envd_version = self.reach(&machine, &link, record, env_vars).await?;
+            let now = clock::now();
+            let terms = asked.starting(now, &setup.limits);
+            record.stage = Stage::Running;
+            record.started_wall_ms = clock::wall_ms();
+            record.started = terms.started.as_nanos();
+            record.end = terms.end.as_nanos();
+            record.last_end = terms.last_end.as_nanos();
+            record.idle_timeout_ms =
+                terms.idle_timeout.map(|length| u64::try_from(length.as_millis()).unwrap_or(u64::MAX));
+            machine.set_deadline(terms.last_end)?;
+            self.store.put(record.clone()).await?;
+            Ok((link, Lifetime::new(terms, 0, now)))
+        };
+        match booted.await {
+            Ok((link, lifetime)) => Ok((machine, link, lifetime)),
+            Err(error) => {
+                machine.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Says `/init` until the agent takes it; the result is the agent's envd version.
+    async fn reach(
+        &self,
+        machine: &Machine,
+        link: &Link,
+        record: &Record,
+        env_vars: BTreeMap<String, String>,
+    ) -> Result<String, CreateError> {
+        let limit = self.setup.runtime.boot_limit();
+        let reached = async {
+            loop {
+                match link.init(&self.init_request(record, &env_vars)).await {
+                    Ok(version) => return Ok(version),
+                    Err(LinkError::Status(status)) => {
+                        return Err(CreateError::Boot(format!("its agent refused /init with {status}")));
+                    }
+                    Err(error) => tracing::trace!(sandbox = record.id, %error, "not up yet"),
+                }
+                tokio::time::sleep(TRY_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            reached = reached => reached,
+            () = machine.exited() => Err(CreateError::Boot(machine.last_words())),
+            () = tokio::time::sleep(limit) => {
+                let words = machine.last_words();
+                Err(CreateError::Boot(format!("its agent did not answer within {} s; {words}", limit.as_secs())))
+            }
+        }
+    }
+
+    fn init_request(&self, record: &Record, env_vars: &BTreeMap<String, String>) -> InitRequest {
+        // The agent's own end comes after the guard's: it is the last of three.
+        let max = self.setup.limits.max_lifetime + Duration::from_secs(2);
+        InitRequest {
+            env_vars: Some(env_vars.clone()),
+            access_token: Some(record.access_token.clone()),
+            timestamp: Some(clock::rfc3339(clock::wall_ms())),
+            default_user: Some(DEFAULT_USER.to_owned()),
+            default_workdir: None,
+            lifecycle_id: Some(record.id.clone()),
+            sandbox_id: Some(record.id.clone()),
+            template_id: Some(record.template.clone()),
+            max_lifetime_ms: Some(u64::try_from(max.as_millis()).unwrap_or(u64::MAX)),
+        }
+    }
+
+    fn draft(
+        &self,
+        asked: String,
+        image: &Image,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<Record, CreateError> {
+        let size = self.setup.size;
+        Ok(Record {
+            id: ids::sandbox_id()?,
+            stage: Stage::Creating,
+            boot_id: clock::boot_id(),
+            template: image.name.clone(),
+            alias: asked,
+            envd_version: String::new(),
+            access_token: ids::random_hex(TOKEN_BYTES)?,
+            control: ids::random_hex(TOKEN_BYTES)?,
+            metadata,
+            started_wall_ms: 0,
+            started: 0,
+            end: 0,
+            last_end: 0,
+            idle_timeout_ms: None,
+            cpu_count: size.cpu_count,
+            memory_mb: size.memory_mb,
+            disk_mb: size.memory_mb / 2,
+            placement: None,
+        })
+    }
+
+    /// Writes the current deadlines of a sandbox down; a restarted supervisor enforces them.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn save_terms(&self, sandbox: &Sandbox) -> Result<(), StoreError> {
+        let mut record = sandbox.record.clone();
+        {
+            let lifetime = sandbox.lifetime();
+            if lifetime.ended().is_some() {
+                return Ok(());
+            }
+            record.end = lifetime.terms().end.as_nanos();
+        }
+        self.store.put(record).await
+    }
+}

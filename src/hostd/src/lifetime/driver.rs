@@ -1,0 +1,196 @@
+//! The task of one live sandbox: carries out what `guestd_idle::Lifetime` says, from ready to gone.
+
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use guestd_idle::lifetime::{PREPARE_DEADLINE, Verdict};
+use guestd_idle::{EndReason, GuestReport, Step};
+use guestd_protocol::wire::activity::v1 as wire;
+
+use super::{Sandbox, Sandboxes, explain};
+use crate::clock;
+use crate::store::Tombstone;
+
+/// How long the agent gets to tell waiting callers that it is over, before its machine is ended.
+const GOODBYE: Duration = Duration::from_millis(100);
+
+/// Between two tries to hear from an agent that broke off.
+const WATCH_PAUSE: Duration = Duration::from_millis(500);
+
+/// What the agent answered to a prepare; None when it did not.
+type Answer = Option<(bool, wire::Report)>;
+type PendingAnswer = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+/// Drives a sandbox to its end and removes it.
+pub(super) async fn drive(sandboxes: &Arc<Sandboxes>, sandbox: &Arc<Sandbox>) {
+    let watching = tokio::spawn(watch(Arc::clone(sandbox)));
+    let (reason, released) = live(sandboxes, sandbox).await;
+    watching.abort();
+    end(sandboxes, sandbox, reason, released).await;
+}
+
+/// Lives until a step says end; the second result is the epoch of the release that was committed, if that was it.
+async fn live(sandboxes: &Sandboxes, sandbox: &Arc<Sandbox>) -> (EndReason, Option<u64>) {
+    let pause = sandboxes.setup.release_pause;
+    let mut asked: Option<(u64, PendingAnswer)> = None;
+    let mut committed = None;
+    loop {
+        let step = sandbox.lifetime().step(clock::now());
+        let until = match step {
+            Step::End(reason) => return (reason, committed),
+            Step::Wait(until) => until,
+            Step::Prepare { epoch, idle_for } => {
+                asked = Some((epoch, Box::pin(ask(Arc::clone(sandbox), epoch, idle_for, pause))));
+                continue;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = sandbox.machine.exited() => {
+                sandbox.lifetime().end(EndReason::Crashed, clock::now());
+            }
+            (epoch, answer) = answered(&mut asked) => {
+                asked = None;
+                if decide(sandbox, epoch, answer) == Some(Verdict::Commit) {
+                    committed = Some(epoch);
+                }
+            }
+            () = sandbox.changed.notified() => {}
+            () = tokio::time::sleep_until(clock::instant(until)) => {}
+        }
+    }
+}
+
+async fn answered(asked: &mut Option<(u64, PendingAnswer)>) -> (u64, Answer) {
+    match asked {
+        Some((epoch, answer)) => (*epoch, answer.await),
+        None => pending().await,
+    }
+}
+
+async fn ask(sandbox: Arc<Sandbox>, epoch: u64, idle_for: Duration, pause: Duration) -> Answer {
+    tokio::time::sleep(pause).await;
+    let asked = tokio::time::timeout(PREPARE_DEADLINE, sandbox.link.prepare_release(epoch, idle_for)).await;
+    tokio::time::sleep(pause).await;
+    match asked {
+        Ok(Ok(answer)) => Some(answer),
+        Ok(Err(error)) => {
+            tracing::warn!(sandbox = sandbox.record.id, epoch, %error, "the agent did not answer a prepare");
+            None
+        }
+        Err(_elapsed) => None,
+    }
+}
+
+/// Feeds the answer to the rules and tells the agent when it has to open its door again.
+fn decide(sandbox: &Arc<Sandbox>, epoch: u64, answer: Answer) -> Option<Verdict> {
+    let verdict = match answer {
+        Some((ready, report)) => {
+            let brief = brief(&report);
+            keep(sandbox, report);
+            Some(sandbox.lifetime().answer(epoch, ready, brief, clock::now()))
+        }
+        // The rules notice by themselves that no answer came.
+        None => None,
+    };
+    if verdict != Some(Verdict::Commit) {
+        let sandbox = Arc::clone(sandbox);
+        tokio::spawn(async move {
+            if let Err(error) = sandbox.link.abort_release(epoch).await {
+                // Its fence opens by itself after two seconds.
+                tracing::debug!(sandbox = sandbox.record.id, epoch, %error, "an abort did not arrive");
+            }
+        });
+    }
+    verdict
+}
+
+fn brief(report: &wire::Report) -> GuestReport {
+    GuestReport {
+        sequence: report.sequence,
+        idle_for: Duration::from_millis(report.idle_for_ms),
+        counting: usize::try_from(report.counting).unwrap_or(usize::MAX),
+    }
+}
+
+fn keep(sandbox: &Sandbox, report: wire::Report) {
+    *sandbox.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
+}
+
+/// Listens to the agent's reports, and again when the link broke, until it is aborted.
+async fn watch(sandbox: Arc<Sandbox>) {
+    loop {
+        match sandbox.link.watch().await {
+            Ok(mut reports) => loop {
+                match reports.message().await {
+                    Ok(Some(report)) => {
+                        let report = report.to_owned_message();
+                        let brief = brief(&report);
+                        keep(&sandbox, report);
+                        sandbox.change(|lifetime| lifetime.report(brief, clock::now()));
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::debug!(sandbox = sandbox.record.id, %error, "the report stream broke off");
+                        break;
+                    }
+                }
+            },
+            Err(error) => tracing::debug!(sandbox = sandbox.record.id, %error, "no report stream"),
+        }
+        tokio::time::sleep(WATCH_PAUSE).await;
+    }
+}
+
+async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, released: Option<u64>) {
+    let id = &sandbox.record.id;
+    let detail = (reason == EndReason::Crashed).then(|| sandbox.machine.last_words());
+    let tombstone = Arc::new(tombstone(sandbox, reason, detail));
+    sandboxes.bury(&tombstone);
+    sandboxes.metrics.ended(reason);
+    tracing::info!(
+        sandbox = id,
+        %reason,
+        lived_ms = tombstone.lived_ms,
+        idle_ms = tombstone.idle_for_ms,
+        detail = tombstone.detail,
+        "sandbox ended"
+    );
+    if let Some(epoch) = released {
+        tokio::time::sleep(sandboxes.setup.release_pause).await;
+        // The machine is ended whether or not this arrives; it only gives callers inside the guest their answer.
+        let _goodbye = tokio::time::timeout(GOODBYE, sandbox.link.commit_release(epoch)).await;
+    }
+    sandbox.over.send_replace(true);
+    // In this order: a supervisor that dies in between finds the record, sees that the machine is gone and buries it itself.
+    if let Err(error) = sandboxes.store.bury((*tombstone).clone()).await {
+        tracing::error!(sandbox = id, %error, "a tombstone is not on disk");
+    }
+    sandbox.machine.stop().await;
+    sandboxes.leave(id);
+}
+
+fn tombstone(sandbox: &Sandbox, reason: EndReason, detail: Option<String>) -> Tombstone {
+    let view = explain::live(sandbox);
+    let now = clock::now();
+    let (started, ended) = {
+        let lifetime = sandbox.lifetime();
+        (lifetime.terms().started, lifetime.ended().map_or(now, |(_, at)| at))
+    };
+    Tombstone {
+        id: sandbox.record.id.clone(),
+        template: sandbox.record.template.clone(),
+        metadata: sandbox.record.metadata.clone(),
+        access_token: sandbox.record.access_token.clone(),
+        reason,
+        detail,
+        started_wall_ms: sandbox.record.started_wall_ms,
+        ended_wall_ms: clock::wall_ms_of(ended),
+        lived_ms: u64::try_from(ended.since(started).as_millis()).unwrap_or(u64::MAX),
+        idle_for_ms: (view.idle_for_s * 1000.0) as u64,
+        last_holds: view.holds,
+        transitions: view.transitions,
+    }
+}

@@ -1,0 +1,270 @@
+//! The life of each sandbox: who is in it, when it ends, and what is known afterwards.
+//!
+//! [`Sandboxes`] owns the table of live sandboxes and of tombstones. Each live one has a task (`driver`) that carries out what the pure
+//! rules of `guestd_idle` say; the proxy and the API only take holds and change terms. `create` brings a sandbox up, `adopt` finds those
+//! that an earlier hostd left, `explain` says why one is alive or gone.
+
+mod adopt;
+pub mod create;
+mod driver;
+pub mod explain;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use guestd_idle::{EndReason, HoldClass, HoldId, Lifetime, Limits};
+use guestd_protocol::wire::activity::v1 as wire;
+use subtle::ConstantTimeEq;
+use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::clock;
+use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::runtime::{Images, Machine, Runtime, Size};
+use crate::store::{Record, Store, Tombstone};
+
+/// How long a tombstone is kept (DESIGN.md section 4, rule 7).
+const TOMBSTONE_LIFE: Duration = Duration::from_secs(3600);
+
+/// One live sandbox.
+#[derive(Debug)]
+pub struct Sandbox {
+    pub record: Record,
+    pub link: Link,
+    machine: Machine,
+    lifetime: Mutex<Lifetime>,
+    /// The agent's newest report, for the explain view.
+    report: Mutex<Option<wire::Report>>,
+    /// Wakes the driver.
+    changed: Notify,
+    /// Turns true when the sandbox is over: proxied connections are cut.
+    over: watch::Sender<bool>,
+}
+
+impl Sandbox {
+    fn new(record: Record, link: Link, machine: Machine, lifetime: Lifetime) -> Arc<Self> {
+        Arc::new(Self {
+            record,
+            link,
+            machine,
+            lifetime: Mutex::new(lifetime),
+            report: Mutex::default(),
+            changed: Notify::new(),
+            over: watch::Sender::new(false),
+        })
+    }
+
+    pub fn lifetime(&self) -> MutexGuard<'_, Lifetime> {
+        self.lifetime.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the terms and wakes the driver.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Lifetime) -> T) -> T {
+        let result = change(&mut self.lifetime());
+        self.changed.notify_one();
+        result
+    }
+
+    /// Takes a hold for a request that is being proxied.
+    ///
+    /// # Errors
+    /// When the sandbox has ended.
+    pub fn admit(self: &Arc<Self>, class: HoldClass, origin: &str) -> Result<HostHold, EndReason> {
+        let id = self.change(|lifetime| lifetime.admit(class, origin, clock::now()))?;
+        Ok(HostHold { sandbox: Arc::clone(self), id })
+    }
+
+    /// Resolves when the sandbox is over.
+    pub async fn over(&self) {
+        let mut over = self.over.subscribe();
+        // The sender lives as long as the sandbox, so this ends only when it is over.
+        let _over = over.wait_for(|over| *over).await;
+    }
+
+    /// The deadline that clients see.
+    pub fn end_wall_ms(&self) -> i64 {
+        let end = self.lifetime().terms().end;
+        clock::wall_ms_of(end)
+    }
+}
+
+/// A proxied request's hold; dropping it ends it.
+#[derive(Debug)]
+pub struct HostHold {
+    sandbox: Arc<Sandbox>,
+    id: HoldId,
+}
+
+impl HostHold {
+    /// Bytes passed on an upgraded connection.
+    pub fn progress(&self, bytes: u64) {
+        self.sandbox.lifetime().progress(self.id, bytes, clock::now());
+    }
+
+    /// From being open to being used: an upgraded connection counts at each byte only.
+    pub fn reclass(&self, class: HoldClass) {
+        self.sandbox.change(|lifetime| lifetime.reclass(self.id, class, clock::now()));
+    }
+}
+
+impl Drop for HostHold {
+    fn drop(&mut self) {
+        self.sandbox.change(|lifetime| lifetime.release_hold(self.id, clock::now()));
+    }
+}
+
+/// What a name or a token leads to.
+#[derive(Clone, Debug)]
+pub enum Found {
+    Live(Arc<Sandbox>),
+    Gone(Arc<Tombstone>),
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    live: HashMap<String, Arc<Sandbox>>,
+    gone: HashMap<String, Arc<Tombstone>>,
+}
+
+/// How sandboxes are run on this host.
+#[derive(Debug)]
+pub struct Setup {
+    pub limits: Limits,
+    pub size: Size,
+    pub images: Arc<Images>,
+    pub runtime: Box<dyn Runtime>,
+    /// The folder of run folders.
+    pub runs: std::path::PathBuf,
+    /// How many sandboxes may be alive at once.
+    pub max_sandboxes: usize,
+    /// For tests: a pause in each window of the two-phase release.
+    pub release_pause: Duration,
+}
+
+/// All sandboxes of this host.
+#[derive(Debug)]
+pub struct Sandboxes {
+    pub setup: Setup,
+    pub store: Store,
+    pub metrics: Metrics,
+    table: RwLock<Table>,
+    /// Boots under way: more at once than processors only make each slower.
+    boots: Semaphore,
+    /// Creates that were answered with a place.
+    places: Arc<Semaphore>,
+}
+
+impl Sandboxes {
+    pub fn new(setup: Setup, store: Store, metrics: Metrics) -> Arc<Self> {
+        let boots = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
+        Arc::new(Self {
+            places: Arc::new(Semaphore::new(setup.max_sandboxes)),
+            boots: Semaphore::new(boots),
+            table: RwLock::default(),
+            setup,
+            store,
+            metrics,
+        })
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A live sandbox. One that is over but whose machine is still being ended is not live.
+    pub fn live(&self, id: &str) -> Option<Arc<Sandbox>> {
+        let sandbox = self.read().live.get(id).cloned()?;
+        let over = sandbox.lifetime().ended().is_some();
+        (!over).then_some(sandbox)
+    }
+
+    pub fn all_live(&self) -> Vec<Arc<Sandbox>> {
+        let all: Vec<_> = self.read().live.values().cloned().collect();
+        all.into_iter().filter(|sandbox| sandbox.lifetime().ended().is_none()).collect()
+    }
+
+    pub fn find(&self, id: &str) -> Option<Found> {
+        let table = self.read();
+        // The tombstone first: once it is there, it is the truth, though the machine may still be on its way out.
+        let gone = table.gone.get(id).cloned().map(Found::Gone);
+        gone.or_else(|| table.live.get(id).cloned().map(Found::Live))
+    }
+
+    /// Whose token this is. Looks at all of them in constant time each.
+    pub fn find_by_token(&self, token: &[u8]) -> Option<Found> {
+        let same = |other: &str| bool::from(other.as_bytes().ct_eq(token));
+        self.find_where(|found| match found {
+            Found::Live(sandbox) => same(&sandbox.record.access_token),
+            Found::Gone(tombstone) => same(&tombstone.access_token),
+        })
+    }
+
+    /// The first sandbox, live ones first, for which `wanted` holds.
+    pub fn find_where(&self, wanted: impl Fn(&Found) -> bool) -> Option<Found> {
+        let table = self.read();
+        let live = table.live.values().cloned().map(Found::Live);
+        let gone = table.gone.values().cloned().map(Found::Gone);
+        live.chain(gone).find(wanted)
+    }
+
+    pub fn tombstones(&self) -> Vec<Arc<Tombstone>> {
+        let mut all: Vec<_> = self.read().gone.values().cloned().collect();
+        all.sort_by_key(|tombstone| std::cmp::Reverse(tombstone.ended_wall_ms));
+        all
+    }
+
+    /// Ends a sandbox; false when it is not alive.
+    pub fn kill(&self, id: &str, reason: EndReason) -> bool {
+        let Some(sandbox) = self.live(id) else { return false };
+        sandbox.change(|lifetime| lifetime.end(reason, clock::now())) == reason
+    }
+
+    /// Ends all and waits until their machines are gone.
+    pub async fn end_all(&self, reason: EndReason) {
+        let live: Vec<_> = self.read().live.values().cloned().collect();
+        for sandbox in &live {
+            sandbox.change(|lifetime| lifetime.end(reason, clock::now()));
+        }
+        while !self.read().live.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Enters a sandbox that runs, and starts its driver.
+    fn enter(self: &Arc<Self>, sandbox: Arc<Sandbox>, place: tokio::sync::OwnedSemaphorePermit) {
+        self.write().live.insert(sandbox.record.id.clone(), Arc::clone(&sandbox));
+        self.metrics.running.inc();
+        let sandboxes = Arc::clone(self);
+        tokio::spawn(async move {
+            driver::drive(&sandboxes, &sandbox).await;
+            drop(place);
+        });
+    }
+
+    /// Makes the tombstone known before the machine is ended: from now on every question has its answer.
+    fn bury(&self, tombstone: &Arc<Tombstone>) {
+        let mut table = self.write();
+        table.gone.insert(tombstone.id.clone(), Arc::clone(tombstone));
+    }
+
+    fn leave(&self, id: &str) {
+        if self.write().live.remove(id).is_some() {
+            self.metrics.running.dec();
+        }
+    }
+
+    /// Forgets tombstones that are old enough.
+    pub async fn expire_tombstones(&self) {
+        let life = i64::try_from(TOMBSTONE_LIFE.as_millis()).unwrap_or(i64::MAX);
+        let before = clock::wall_ms().saturating_sub(life);
+        self.write().gone.retain(|_, tombstone| tombstone.ended_wall_ms >= before);
+        if let Err(error) = self.store.expire(before).await {
+            tracing::error!(%error, "old tombstones stay in the store");
+        }
+    }
+}

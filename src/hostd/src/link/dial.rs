@@ -1,0 +1,145 @@
+//! Byte streams to an agent, by the kind of the machine that it lives in (contract: microvm.md section 4).
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use guestd_protocol::{VSOCK_PORT, link};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+/// Before its driver is up a guest accepts and says nothing: the answer to CONNECT has a deadline, and the caller tries again.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How much of a broken conversation is thrown away while the answer is looked for, in bytes.
+const STALE_LIMIT: usize = 8 * 1024 * 1024;
+
+/// A Unix socket in a sandbox's run folder. It is reached through the folder's descriptor, because a socket's path may have 107 bytes
+/// only (unix(7)) and a data folder's may have more.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Socket {
+    pub folder: PathBuf,
+    pub name: String,
+}
+
+impl Socket {
+    async fn connect(&self) -> io::Result<UnixStream> {
+        let folder: File = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(&self.folder)?;
+        let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(&self.name);
+        UnixStream::connect(path).await
+    }
+}
+
+/// How to reach an agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Transport {
+    /// Firecracker's way, which Cloud Hypervisor and vhost-device-vsock share: `CONNECT <port>`, then `OK <n>`.
+    HybridVsock(Socket),
+    /// One stream for ever: a virtio-serial port of QEMU.
+    Serial(Socket),
+    /// The agent listens itself: a container.
+    Unix(Socket),
+}
+
+impl Transport {
+    /// # Errors
+    /// When nothing answers in time; the guest may still be starting.
+    pub async fn dial(&self) -> io::Result<UnixStream> {
+        let dialled = async {
+            match self {
+                Self::Unix(socket) => socket.connect().await,
+                Self::HybridVsock(socket) => {
+                    let mut stream = socket.connect().await?;
+                    stream.write_all(format!("CONNECT {VSOCK_PORT}\n").as_bytes()).await?;
+                    read_vsock_answer(&mut stream).await?;
+                    Ok(stream)
+                }
+                Self::Serial(socket) => {
+                    let mut stream = socket.connect().await?;
+                    let nonce = crate::ids::random_hex(16)?;
+                    stream.write_all(link::serial_request(&nonce).as_bytes()).await?;
+                    skip_to(&mut stream, link::serial_answer(&nonce).as_bytes()).await?;
+                    Ok(stream)
+                }
+            }
+        };
+        let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer from the guest");
+        tokio::time::timeout(ANSWER_TIMEOUT, dialled).await.map_err(timed_out)?
+    }
+}
+
+/// Reads `OK <n>\n` byte by byte: what follows it is not ours.
+async fn read_vsock_answer(stream: &mut UnixStream) -> io::Result<()> {
+    let mut line = Vec::with_capacity(link::MAX_LINE);
+    while line.len() < link::MAX_LINE {
+        let byte = stream.read_u8().await?;
+        if byte == b'\n' {
+            return if line.starts_with(b"OK ") {
+                Ok(())
+            } else {
+                Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the guest's port is closed"))
+            };
+        }
+        line.push(byte);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, "the answer to CONNECT is no line"))
+}
+
+/// Reads up to and including `wanted`, throwing away what an earlier conversation left in the port.
+async fn skip_to(stream: &mut UnixStream, wanted: &[u8]) -> io::Result<()> {
+    let mut matched = 0;
+    for _ in 0..STALE_LIMIT {
+        let byte = stream.read_u8().await?;
+        // The answer starts with a letter that does not come again in it, so a mismatch restarts at most at this byte.
+        matched = if byte == wanted[matched] { matched + 1 } else { usize::from(byte == wanted[0]) };
+        if matched == wanted.len() {
+            return Ok(());
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, "the guest never answered the handshake"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_broken_conversation_left_is_skipped() {
+        let (mut host, mut guest) = UnixStream::pair().unwrap();
+        guest.write_all(b"stale frames OK 0OK 00\nOK abc\nPRI").await.unwrap();
+        skip_to(&mut host, b"OK abc\n").await.unwrap();
+        let mut rest = [0; 3];
+        host.read_exact(&mut rest).await.unwrap();
+        assert_eq!(&rest, b"PRI");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_accepts_and_says_nothing_is_given_up_in_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = tokio::net::UnixListener::bind(folder.path().join("v.sock")).unwrap();
+        let socket = Socket { folder: folder.path().to_owned(), name: "v.sock".to_owned() };
+        let accepted = tokio::spawn(async move { listener.accept().await });
+        let error = Transport::HybridVsock(socket).dial().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(accepted.await);
+    }
+
+    #[tokio::test]
+    async fn a_socket_below_a_very_long_path_is_reached() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = folder.path().join("x".repeat(120));
+        std::fs::create_dir(&long).unwrap();
+        let short = folder.path().join("s");
+        std::os::unix::fs::symlink(&long, &short).unwrap();
+        let _listener = tokio::net::UnixListener::bind(short.join("a.sock")).unwrap();
+        Transport::Unix(Socket { folder: long, name: "a.sock".to_owned() }).dial().await.unwrap();
+    }
+}
