@@ -36,7 +36,9 @@ pub(super) async fn serve(doors: Doors, device: PathBuf) {
 async fn converse(doors: &Doors, device: &Path) -> io::Result<()> {
     let path = device.to_owned();
     let file = tokio::task::spawn_blocking(move || wait_for_host(&path)).await??;
-    let mut stream = SerialStream(Arc::new(AsyncFd::register(file)?));
+    // SAFETY: the file is open and stays the AsyncFd's own, unchanged, to its end.
+    let registered = unsafe { AsyncFd::register(file)? };
+    let mut stream = SerialStream(Arc::new(registered));
     let Some(nonce) = read_request(&mut stream).await? else { return Ok(()) };
     stream.write_all(link::serial_answer(&nonce).as_bytes()).await?;
     // The port can be open once only: the connection gives it back by being dropped, before the next conversation opens it.

@@ -178,8 +178,8 @@ fn open_pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
         return Err(io::Error::last_os_error());
     }
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the descriptor was just made and has no other owner.
-    AsyncFd::register_with_interest(unsafe { OwnedFd::from_raw_fd(fd) }, tokio::io::Interest::READABLE)
+    // SAFETY: the descriptor was just made and has no other owner; the AsyncFd keeps it, unchanged, to its end.
+    unsafe { Ok(AsyncFd::register_with_interest(OwnedFd::from_raw_fd(fd), tokio::io::Interest::READABLE)?) }
 }
 
 fn set_private(folder: &Path) -> io::Result<()> {
