@@ -55,8 +55,10 @@ fn end_to_end(options: &Options) -> Result<()> {
         pytest.args(["-k", select]);
     }
     pytest.args(&options.pytest);
-    pytest.env("GUESTD_BIN", &guestd).env("HOSTD_BIN", &hostd).env("GUESTD_IMAGES", image::images());
-    pytest.env("VHOST_DEVICE_VSOCK", deps::vhost_device_vsock()?).env("GUESTD_NODE", &node);
+    // The names are those of tests/README.md.
+    pytest.env("GUESTD_BIN", &guestd).env("HOSTD_BIN", &hostd).env("XTASK_BIN", std::env::current_exe()?);
+    pytest.env("IMAGES_DIR", image::images()).env("VHOST_DEVICE_VSOCK", deps::vhost_device_vsock()?);
+    pytest.env("TESTS_NODE_MODULES", node.join("node_modules"));
     steps::openly(&mut pytest)
 }
 
