@@ -29,7 +29,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def echo(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        told = {"method": self.command, "path": self.path, "headers": dict(self.headers), "length": len(body)}
+        told = {"method": self.command, "path": self.path, "headers": {name.lower(): value for name, value in self.headers.items()}, "length": len(body)}
         answer = json.dumps(told).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
