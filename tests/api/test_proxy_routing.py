@@ -118,9 +118,9 @@ def test_a_dead_sandboxs_token_still_says_502(containers, plane, created):
 
 
 def test_a_signed_file_url_routes_by_its_signature(plane, created):
-    digest = hashlib.sha256(f"/etc/hostname:read::{created['envdAccessToken']}".encode()).digest()
+    digest = hashlib.sha256(f"/etc/passwd:read::{created['envdAccessToken']}".encode()).digest()
     signature = "v1_" + base64.b64encode(digest).decode().rstrip("=")
-    answer = plane.get("/files", params={"path": "/etc/hostname", "signature": signature})
+    answer = plane.get("/files", params={"path": "/etc/passwd", "signature": signature})
     # Whether the agent accepts signatures is the agent's; that it was asked is the proxy's.
     assert answer.status_code in (200, 401), answer.text
 

@@ -46,6 +46,7 @@ class Hostd:
             self.flags.setdefault("link", os.environ.get("TESTS_LINK", "auto"))
             self.flags.setdefault("vhost_device_vsock", locations.vhost_device_vsock())
         self.extra_environment = environment or {}
+        self.api_key = flags.get("api_key", API_KEY)
         self.log = Path(tempfile.mkstemp(prefix="hostd-", suffix=".stderr", dir="/tmp")[1])
         self.process = None
         self.api_url = "http://127.0.0.1:0"
@@ -71,7 +72,7 @@ class Hostd:
                 env={**os.environ, **self.extra_environment},
             )
         self.api_url, self.proxy_url = self._wait_until_ready()
-        self.client = httpx.Client(base_url=self.api_url, headers={"X-API-KEY": API_KEY}, timeout=70, trust_env=False)
+        self.client = httpx.Client(base_url=self.api_url, headers={"X-API-KEY": self.api_key}, timeout=70, trust_env=False)
         return self
 
     def _wait_until_ready(self) -> tuple[str, str]:
@@ -207,14 +208,14 @@ class Hostd:
 
     def sdk(self) -> dict:
         """Options for each call of a Python SDK."""
-        return {"api_key": API_KEY, "api_url": self.api_url, "sandbox_url": self.proxy_url}
+        return {"api_key": self.api_key, "api_url": self.api_url, "sandbox_url": self.proxy_url}
 
     def environment(self) -> dict:
         """The environment of a program that uses any SDK."""
         return {
             f"{vendor}_{name}": value
             for vendor in ("E2B", "NOVITA", "PPIO")
-            for name, value in (("API_KEY", API_KEY), ("API_URL", self.api_url), ("SANDBOX_URL", self.proxy_url))
+            for name, value in (("API_KEY", self.api_key), ("API_URL", self.api_url), ("SANDBOX_URL", self.proxy_url))
         }
 
     # --- the data plane, as bytes ---

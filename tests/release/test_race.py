@@ -40,7 +40,7 @@ class RawClient:
         if answer.status_code == 200:
             return False
         told = {"sandboxId": self.sandbox_id, "message": "The sandbox was not found", "code": 502}
-        assert (answer.status_code, answer.json()) == (502, told)
+        assert answer.status_code == 502 and answer.json() | told == answer.json(), f"{answer.status_code}: {answer.text}"
         return True
 
     def run(self) -> bool:

@@ -71,7 +71,7 @@ def test_after_a_restart_three_containers_are_adopted_and_end_when_due(hostd):
 
 
 def assert_gone_at_the_maximum_lifetime(hostd, runtime: str, lifetime: int) -> None:
-    supervisor = hostd(runtime, max_lifetime=lifetime)
+    supervisor = hostd(runtime, max_lifetime=lifetime, idle_floor=5)
     with ThreadPoolExecutor(3) as pool:
         sandboxes = list(pool.map(lambda _: create(supervisor, timeout=lifetime), range(3)))
     due = max(started_at(supervisor, each) for each in sandboxes) + lifetime

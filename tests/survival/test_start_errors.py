@@ -60,8 +60,17 @@ def test_a_missing_runc_is_named(hostd):
     assert "/nonexistent/runc" in refusal(lambda: hostd("container", runc="/nonexistent/runc"))
 
 
-def test_a_missing_images_folder_is_named(hostd):
-    assert "/nonexistent/images" in refusal(lambda: hostd(images="/nonexistent/images"))
+def test_a_missing_images_folder_is_named_at_the_start_or_at_create(hostd):
+    try:
+        supervisor = hostd(images="/nonexistent/images")
+    except HostdExited as ended:
+        assert ended.code > 0
+        assert "/nonexistent/images" in ended.stderr
+        return
+    answer = supervisor.request("POST", "/v2/sandboxes", json={"templateID": "base"})
+    assert 400 <= answer.status_code < 600
+    assert "base" in answer.json()["message"]
+    assert "/nonexistent/images" in supervisor.stderr() + answer.json()["message"]
 
 
 def test_an_unusable_kvm_is_a_refusal_and_not_a_hang(hostd):
