@@ -36,7 +36,9 @@ pub async fn serve(config: Serve) -> Result<()> {
     let store = Store::open(&config.data)?;
     let api_listener = listen::bind("--api", config.api)?;
     let proxy_listener = listen::bind("--proxy", config.proxy)?;
-    let images = Arc::new(Images::new(config.images.clone(), config.aliases()));
+    // Guards have working directories of their own, so no path may depend on this one.
+    let images = std::path::absolute(&config.images).context("--images")?;
+    let images = Arc::new(Images::new(images, config.aliases()));
     let runtime = choose_runtime(&config, Arc::clone(&images)).await?;
     tracing::info!(runtime = runtime.name(), ?runtime, "ready to run sandboxes");
     let setup = Setup {

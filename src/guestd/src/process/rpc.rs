@@ -215,7 +215,7 @@ impl wire::Process for ProcessService {
 fn stdin_of(input: Option<wire::ProcessInput>) -> Result<Vec<u8>, ConnectError> {
     use wire::process_input::Input;
     match input.and_then(|input| input.input) {
-        Some(Input::Stdin(bytes)) => Ok(bytes.into()),
+        Some(Input::Stdin(bytes)) => Ok(bytes),
         Some(Input::Pty(_)) => Err(ConnectError::internal(
             "tty not assigned to process: send stdin, this process has no terminal",
         )),

@@ -10,8 +10,8 @@ use axum::response::{IntoResponse, Response};
 use guestd_protocol::init::InitRequest;
 use guestd_protocol::{CONTROL_HEADER, ENVD_VERSION};
 
-use super::System;
 use super::clock::{self, Timestamp};
+use super::{System, host_name};
 
 const VERSION_HEADER: HeaderName = HeaderName::from_static("x-envd-version");
 
@@ -65,9 +65,8 @@ fn apply(system: &System, headers: &HeaderMap, body: &[u8]) -> Result<(), (Statu
 fn settle(system: &System, request: InitRequest) {
     if let Some(id) = &request.sandbox_id
         && system.own_machine
-        && let Err(error) = nix::unistd::sethostname(id)
     {
-        tracing::warn!(%error, "the host name could not be set");
+        host_name::set(id);
     }
     if let Some(length) = request.max_lifetime_ms {
         let power_off = system.power_off;

@@ -1,6 +1,7 @@
 //! The machine as a whole: `/health`, `/metrics`, `/envs`, `/init`, the clock and the power switch.
 
 mod clock;
+mod host_name;
 mod init;
 mod metrics;
 

@@ -122,7 +122,6 @@ impl Container {
                     "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
                 },
                 "noNewPrivileges": false,
-                "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 65536, "soft": 65536 }],
             },
             "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },

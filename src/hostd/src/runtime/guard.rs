@@ -140,11 +140,11 @@ impl Guard {
                     .to_owned());
             }
             let mut polled = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            let console_at = console.is_open().then(|| polled.len());
+            let console_at = console.is_open().then_some(polled.len());
             if console.is_open() {
                 polled.push(PollFd::new(console.as_fd(), PollFlags::POLLIN));
             }
-            let hostd_at = hostd_open.then(|| polled.len());
+            let hostd_at = hostd_open.then_some(polled.len());
             if hostd_open {
                 polled.push(PollFd::new(hostd.as_fd(), PollFlags::POLLIN));
             }

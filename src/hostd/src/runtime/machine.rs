@@ -84,7 +84,8 @@ pub fn start(
 /// not end the sandboxes.
 fn spawn_guard(folder: &Path, stdin: io::PipeReader) -> io::Result<GuardId> {
     let log = fs::File::create(folder.join("guard.log"))?;
-    let mut command = Command::new(std::env::current_exe()?);
+    // The running program, even when its file has been replaced by a newer one.
+    let mut command = Command::new("/proc/self/exe");
     command.arg("guard").current_dir(folder).stdin(stdin).stdout(log.try_clone()?).stderr(log);
     // SAFETY: setsid is async-signal-safe.
     unsafe {
