@@ -5,6 +5,7 @@ Run by `cargo xtask demo`, which sets E2B_API_URL and E2B_SANDBOX_URL.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -35,16 +36,19 @@ def explain(sandbox_id):
 
 
 def seconds(value):
-    return "?" if value is None else f"{float(value):.0f} s"
+    return "not while in use" if value is None else f"{float(value):.0f} s"
 
 
 def show_view(view):
     say(f"      state         {view.get('state')}")
     say(f"      idle for      {seconds(view.get('idle_for_s'))}")
     say(f"      released in   {seconds(view.get('releases_in_s'))}")
-    holds = view.get("holds") or ["none: nobody is using it"]
+    holds = view.get("holds") or []
     for hold in holds:
-        say(f"      held by       {json.dumps(hold) if isinstance(hold, dict) else hold}")
+        effect = "keeps it alive" if hold.get("counts") else "does not count"
+        say(f"      hold          {hold.get('class')}: {hold.get('origin')} ({effect}, {seconds(hold.get('age_s'))})")
+    if not holds:
+        say("      holds         none: nobody is using it")
 
 
 def wait_for_release(sandbox_id, idle):
@@ -58,7 +62,7 @@ def wait_for_release(sandbox_id, idle):
                 print("\r" + " " * 70 + "\r", end="")
             return view
         left = view.get("releases_in_s")
-        step = None if left is None else int(float(left)) if LIVE else int(float(left)) // 10
+        step = None if left is None else math.ceil(float(left) / (1 if LIVE else 10))
         if step != shown:
             shown = step
             text = f"      idle for {seconds(view.get('idle_for_s'))}, released in {seconds(left)}"
@@ -85,8 +89,11 @@ def main():
     show('sandbox.files.read("/home/user/note.txt")', sandbox.files.read("/home/user/note.txt"))
 
     say()
-    say("2. Why it is alive, as hostd explains it")
+    say("2. Why it is alive, as hostd explains it while a command runs")
+    command = sandbox.commands.run("sleep 3", background=True)
+    time.sleep(1)
     show_view(explain(sandbox.sandbox_id))
+    command.wait()
 
     say()
     say(f"3. Left alone: released after {idle} s without use")
@@ -98,8 +105,12 @@ def main():
 
     say()
     say("4. What stays: when and why it ended")
-    for name, value in view["ended"].items():
-        say(f"      {name:<13} {value if isinstance(value, str) else json.dumps(value)}")
+    ended = view["ended"]
+    say(f"      ended at      {ended.get('at')}")
+    say(f"      reason        {ended.get('reason')}")
+    say(f"      lived         {seconds(ended.get('lived_s'))}, of which idle {seconds(ended.get('idle_for_s'))}")
+    for transition in (view.get("transitions") or [])[-6:]:
+        say(f"      {transition.get('at')}  {transition.get('what')}")
     say()
     if alive:
         sys.exit("the sandbox still answers")

@@ -230,8 +230,7 @@ fn initramfs(agent: &[u8], modules: &Path, order: &str) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// A sandbox may be running on the old tree: it is moved away before it is removed, and the new one is whole before it
-/// has its name.
+/// The new tree is whole before it has its name. Containers that still run on the old one lose it.
 fn replace_tree(image: &Path, out: &Path) -> Result<()> {
     store::require_space(out, TREE_BYTES)?;
     let [tree, unfinished, old] = [TREE, ".rootfs.unfinished", ".rootfs.old"].map(|name| out.join(name));
