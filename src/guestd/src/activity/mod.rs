@@ -96,7 +96,7 @@ impl Activity {
         let now = self.now();
         let mut inner = self.lock();
         let closed = inner.admission.prepare(epoch, now);
-        let ready = closed && inner.ledger.idle_for(now) >= idle_for;
+        let ready = closed && inner.ledger.counting() == 0 && inner.ledger.idle_for(now) >= idle_for;
         if closed && !ready {
             inner.admission.abort(epoch);
         }
