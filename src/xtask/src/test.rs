@@ -30,7 +30,8 @@ pub fn run(options: &Options) -> Result<()> {
     deps::ensure(Purpose::Test)?;
     if !options.e2e {
         lint::run()?;
-        steps::openly(workspace::cargo().args(["test", "--quiet", "--workspace", "--locked"]))?;
+        let mut tests = workspace::cargo();
+        steps::openly(without_the_clock(tests.args(["test", "--quiet", "--workspace", "--locked"])))?;
     }
     if !options.unit {
         end_to_end(options)?;
@@ -59,7 +60,23 @@ fn end_to_end(options: &Options) -> Result<()> {
     pytest.env("GUESTD_BIN", &guestd).env("HOSTD_BIN", &hostd).env("XTASK_BIN", std::env::current_exe()?);
     pytest.env("IMAGES_DIR", image::images()).env("VHOST_DEVICE_VSOCK", deps::vhost_device_vsock()?);
     pytest.env("TESTS_NODE_MODULES", node.join("node_modules"));
-    steps::openly(&mut pytest)
+    steps::openly(without_the_clock(&mut pytest))
+}
+
+/// The agent sets the clock of the machine that it runs in. A test that runs it as root, outside of a sandbox, must not
+/// set the clock of the machine under the tests: that outlasts them, and nothing says where it came from.
+fn without_the_clock(command: &mut Command) -> &mut Command {
+    let Some(setpriv) = workspace::find_program("setpriv").filter(|_| workspace::is_root()) else {
+        return command;
+    };
+    let mut wrapped = Command::new(setpriv);
+    wrapped.arg("--bounding-set=-sys_time").arg(command.get_program()).args(command.get_args());
+    wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    if let Some(folder) = command.get_current_dir() {
+        wrapped.current_dir(folder);
+    }
+    *command = wrapped;
+    command
 }
 
 /// Installs the JavaScript SDKs into `target/node` and returns that folder.
@@ -92,4 +109,23 @@ fn node_modules(tests: &Path) -> Result<PathBuf> {
         write("package.installed", &wanted)
     })?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_runs_as_it_would_without_the_wrapping_but_cannot_set_the_clock() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "pwd; echo $GREETING; grep CapBnd /proc/self/status"]);
+        command.current_dir("/usr").env("GREETING", "hello");
+        let said = steps::output(without_the_clock(&mut command)).unwrap();
+        assert!(said.starts_with("/usr\nhello\n"), "{said}");
+        if workspace::is_root() && workspace::find_program("setpriv").is_some() {
+            let bounding = said.trim().rsplit('\t').next().unwrap();
+            const CAP_SYS_TIME: u64 = 1 << 25;
+            assert_eq!(u64::from_str_radix(bounding, 16).unwrap() & CAP_SYS_TIME, 0, "{said}");
+        }
+    }
 }
