@@ -133,9 +133,14 @@ impl Terms {
     }
 }
 
+/// A length that a client asked for. The default that some SDKs always send cannot be told from a wish: where the operator's maximum is
+/// below it, it is shortened instead of refused.
 fn length(seconds: i64, limits: &Limits) -> Result<Duration, TermsError> {
     let seconds = u64::try_from(seconds).map_err(|_| TermsError::TimeoutNotPositive)?;
     let max = limits.max_lifetime.as_secs();
+    if seconds == limits.default_timeout.as_secs() {
+        return Ok(limits.default_timeout.min(limits.max_lifetime));
+    }
     if seconds > max {
         return Err(TermsError::TimeoutTooLong { got: seconds, max });
     }
@@ -196,6 +201,15 @@ mod tests {
         assert_eq!(Asked::parse(Some(-5), None, &LIMITS), Err(TermsError::TimeoutNotPositive));
         let refused = Asked::parse(Some(3601), None, &LIMITS).unwrap_err().to_string();
         assert!(refused.contains("Timeout cannot be greater than 1 hours"), "{refused}");
+    }
+
+    #[test]
+    fn the_default_that_an_sdk_always_sends_is_never_refused() {
+        let short = Limits { max_lifetime: secs(40), idle_floor: secs(1), ..LIMITS };
+        let start = Moment::from_millis(0);
+        assert_eq!(Asked::parse(Some(300), None, &short).unwrap().starting(start, &short).end, start + secs(40));
+        assert!(Asked::parse(Some(301), None, &short).is_err());
+        assert!(Asked::parse(Some(41), None, &short).is_err());
     }
 
     #[test]
