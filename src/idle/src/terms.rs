@@ -207,7 +207,10 @@ mod tests {
     fn the_default_that_an_sdk_always_sends_is_never_refused() {
         let short = Limits { max_lifetime: secs(40), idle_floor: secs(1), ..LIMITS };
         let start = Moment::from_millis(0);
-        assert_eq!(Asked::parse(Some(300), None, &short).unwrap().starting(start, &short).end, start + secs(40));
+        assert_eq!(
+            Asked::parse(Some(300), None, &short).unwrap().starting(start, &short).end,
+            start + secs(40)
+        );
         assert!(Asked::parse(Some(301), None, &short).is_err());
         assert!(Asked::parse(Some(41), None, &short).is_err());
     }

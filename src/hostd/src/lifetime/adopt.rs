@@ -134,6 +134,7 @@ impl Sandboxes {
             if self.read().live.contains_key(&name) {
                 continue;
             }
+            crate::runtime::guard::clean_up_after(&entry.path());
             if let Err(error) = std::fs::remove_dir_all(entry.path()) {
                 tracing::warn!(folder = name, %error, "a stray run folder could not be removed");
             }

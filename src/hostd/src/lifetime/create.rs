@@ -20,6 +20,9 @@ use crate::store::{Record, Stage, StoreError};
 /// The pause between two tries to reach an agent that is still booting.
 const TRY_AGAIN: Duration = Duration::from_millis(40);
 
+/// How long a create waits for its turn to boot. The SDKs give up after 60 s, the boot included.
+const QUEUE_LIMIT: Duration = Duration::from_secs(40);
+
 /// Random bytes in an access token and in a control credential.
 const TOKEN_BYTES: usize = 32;
 
@@ -43,6 +46,8 @@ pub enum CreateError {
     Image(#[from] ImageError),
     #[error("this host runs {0} sandboxes already, the most that it may (--max-sandboxes)")]
     Full(usize),
+    #[error("too many sandboxes are being started; try again in a moment")]
+    Busy,
     #[error("the sandbox could not be started: {0}")]
     Start(#[from] StartError),
     #[error("the sandbox could not be started: {0}")]
@@ -83,8 +88,10 @@ impl Sandboxes {
         let begun = Instant::now();
         let mut record = self.draft(request.template, &image, request.metadata)?;
         let id = record.id.clone();
-        let Ok(boot) = self.boots.acquire().await else {
-            return Err(CreateError::Boot("the host is shutting down".to_owned()));
+        let boot = match tokio::time::timeout(QUEUE_LIMIT, self.boots.acquire()).await {
+            Ok(Ok(boot)) => boot,
+            Ok(Err(_closed)) => return Err(CreateError::Boot("the host is shutting down".to_owned())),
+            Err(_elapsed) => return Err(CreateError::Busy),
         };
         self.store.put(record.clone()).await?;
         let brought = self.boot(&mut record, asked, &image, request.env_vars).await;

@@ -17,8 +17,10 @@ use crate::lifetime::{HostHold, Sandbox};
 use crate::link::LinkError;
 
 /// What concerns one connection only (RFC 9110, section 7.6.1) or must not come from outside.
-const NOT_FORWARDED: [HeaderName; 7] = [
+const NOT_FORWARDED: [HeaderName; 8] = [
     header::CONNECTION,
+    // Answered here already, by reading the body.
+    header::EXPECT,
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
     header::TE,

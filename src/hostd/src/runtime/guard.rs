@@ -397,6 +397,20 @@ fn run_bounded(command: &[String]) {
     }
 }
 
+/// Does the clean-up of a guard that was killed before it could.
+pub fn clean_up_after(folder: &Path) {
+    let plan = std::fs::read(folder.join(PLAN_FILE))
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Plan>(&text).ok());
+    let Some(plan) = plan else { return };
+    for command in &plan.at_end {
+        run_bounded(command);
+    }
+    if let Some(overlay) = &plan.overlay {
+        let _not_mounted = umount2(&folder.join(&overlay.target), MntFlags::MNT_DETACH);
+    }
+}
+
 /// Whether a process still is the one that was started then.
 pub fn is_alive(pid: i32, start_ticks: u64) -> bool {
     start_ticks_of(pid) == Some(start_ticks)

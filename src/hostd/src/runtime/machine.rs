@@ -148,7 +148,15 @@ impl Machine {
             let _late = tokio::time::timeout(STOP_LIMIT, self.exited()).await;
         }
         let folder = self.placement.folder.clone();
-        let _done = tokio::task::spawn_blocking(move || remove(&folder)).await;
+        let cleaning = tokio::task::spawn_blocking(move || {
+            if !folder.join(END_FILE).exists() {
+                guard::clean_up_after(&folder);
+            }
+            remove(&folder);
+        });
+        if let Err(error) = cleaning.await {
+            tracing::warn!(%error, "a sandbox was not cleaned up after");
+        }
     }
 
     /// What the guard says of the end, and the console's last words.
@@ -195,23 +203,20 @@ fn remove(folder: &Path) {
     }
 }
 
-/// A small number that no other live sandbox of this host has: the run folder's own owner says which are taken.
-pub(super) fn free_slot(folder: &Path) -> Result<u32, StartError> {
+/// A user that no other live sandbox of this host has, from `first` on: the owners of the run folders say which are taken.
+pub(super) fn free_uid(folder: &Path, first: u32) -> Result<u32, StartError> {
     /// How many users the range has.
-    const SLOTS: u32 = 65_536;
+    const USERS: u32 = 65_536;
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let at = |source| StartError::Folder { path: folder.to_owned(), source };
     let runs = folder.parent().unwrap_or(folder);
-    let mut taken = Vec::new();
-    for entry in fs::read_dir(runs).map_err(at)?.flatten() {
-        if let Ok(found) = entry.metadata() {
-            taken.push(std::os::unix::fs::MetadataExt::uid(&found) % SLOTS);
-        }
-    }
-    loop {
-        let slot = NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS;
-        if slot != 0 && !taken.contains(&slot) {
-            return Ok(slot);
-        }
-    }
+    let entries = fs::read_dir(runs).map_err(at)?;
+    let owner =
+        |entry: fs::DirEntry| entry.metadata().ok().map(|found| std::os::unix::fs::MetadataExt::uid(&found));
+    let taken: Vec<u32> = entries.flatten().filter_map(owner).collect();
+    // Round and round, so that a number comes back as late as possible.
+    let free = (0..USERS)
+        .map(|_| first + NEXT.fetch_add(1, Ordering::Relaxed) % USERS)
+        .find(|uid| !taken.contains(uid));
+    free.ok_or_else(|| StartError::Missing(format!("all users from {first} on are taken by live sandboxes")))
 }

@@ -143,8 +143,7 @@ impl Qemu {
     /// A user for this VM alone, so that a VMM that a guest has taken over reaches nothing of its neighbours. Needs root.
     fn run_as(&self, folder: &Path) -> Result<Option<RunAs>, StartError> {
         let Some(first) = self.first_uid else { return Ok(None) };
-        let slot = super::machine::free_slot(folder)?;
-        let uid = first + slot;
+        let uid = super::machine::free_uid(folder, first)?;
         let kvm_group = match self.accelerator {
             Accelerator::Kvm => {
                 std::fs::metadata("/dev/kvm").map(|found| std::os::unix::fs::MetadataExt::gid(&found)).ok()
