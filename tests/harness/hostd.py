@@ -116,8 +116,6 @@ class Hostd:
     def close(self) -> None:
         """Ends everything that this hostd started, and fails when hostd itself should have and had not."""
         orderly = self.process is not None and self.process.poll() is None
-        # Without an orderly end the pid files may be old, and a pid alone somebody else's by now.
-        guards = self.guards() if orderly else {}
         try:
             if orderly:
                 self.end_sandboxes()
@@ -125,25 +123,29 @@ class Hostd:
         finally:
             if self.process is not None and self.process.poll() is None:
                 self.kill9()
-            left = {}
-            if self.owns_data:
-                left = self._wait_until_gone(guards, within=5 if orderly else 0)
-                for pid in left:
-                    processes.end(pid)
-                shutil.rmtree(self.data, ignore_errors=True)
-        said = self.stderr()
-        self.log.unlink(missing_ok=True)
-        assert not (orderly and left), f"hostd left processes behind: {left}\n{said[-20_000:]}"
+            left = self._clear(within=5 if orderly else 0) if self.owns_data else []
+            said = self.stderr()
+            self.log.unlink(missing_ok=True)
+        assert not (orderly and left), f"hostd left behind: {left}\n{said[-20_000:]}"
 
-    def _wait_until_gone(self, guards: dict[str, int], within: float) -> dict[int, str]:
-        """What is still there of the processes that name the data folder and of the guards."""
+    def leftovers(self) -> list[str]:
+        """Processes, containers and mounts of this data folder."""
+        found = [f"{pid}: {command}" for pid, command in processes.belonging_to(self.data).items()]
+        return found + processes.mounted_below(self.data)
+
+    def _clear(self, within: float) -> list[str]:
+        """Removes the data folder and whatever still uses it; tells what that was."""
         deadline = time.monotonic() + within
-        while True:
-            left = processes.mentioning(str(self.data))
-            left |= {pid: f"guard of {sandbox}" for sandbox, pid in guards.items() if processes.alive(pid)}
-            if not left or time.monotonic() >= deadline:
-                return left
+        while (left := self.leftovers()) and time.monotonic() < deadline:
             time.sleep(0.1)
+        for pid in processes.belonging_to(self.data):
+            processes.end(pid)
+        for point in processes.mounted_below(self.data):
+            subprocess.run(["umount", "--lazy", point], check=False)
+        # Never through a mount: below one may be the image itself.
+        if not processes.mounted_below(self.data):
+            shutil.rmtree(self.data, ignore_errors=True)
+        return left
 
     def guards(self) -> dict[str, int]:
         """The guard of each sandbox, by sandbox id."""

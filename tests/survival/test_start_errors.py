@@ -161,7 +161,7 @@ def test_a_broken_image_is_named_and_the_others_still_work(hostd, file, how):
 
 
 def _running_qemu(machines) -> list[str]:
-    return [command for command in processes.mentioning(str(machines.data)).values() if "qemu-system" in command.split()[0]]
+    return [command for command in processes.belonging_to(machines.data).values() if "qemu-system" in command.split()[0]]
 
 
 @pytest.mark.parametrize("file, how", [("rootfs", "missing"), ("image.json", "empty")])

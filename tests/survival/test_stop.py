@@ -14,7 +14,7 @@ def test_sigterm_ends_every_sandbox_and_leaves_no_process(hostd):
     assert supervisor.terminate() == 0
 
     assert not [pid for pid in guards.values() if processes.alive(pid)]
-    assert not processes.mentioning(str(supervisor.data))
+    assert supervisor.leftovers() == []
     supervisor.restart()
     assert supervisor.sandboxes() == []
     assert [supervisor.tombstone(each.sandbox_id)["reason"] for each in sandboxes] == 3 * ["host_shutdown"]
@@ -40,4 +40,4 @@ def test_sigterm_ends_machines_too(hostd):
 
     assert supervisor.terminate() == 0
 
-    assert not processes.mentioning(str(supervisor.data))
+    assert supervisor.leftovers() == []
