@@ -30,3 +30,18 @@ def test_a_link_carries_everything(hostd, link):
     assert ended["reason"] == "idle"
     assert 5 - 0.1 <= at - last <= 6
     assert sandbox.is_running() is False
+
+
+@pytest.mark.vms(5)
+@pytest.mark.takes(35)
+@pytest.mark.parametrize("link", ["vsock", "serial"])
+def test_machines_that_boot_at_once_all_come_up(hostd, link):
+    """A link that is dialled while the guest still boots must not be stuck afterwards."""
+    machines = hostd("qemu", link=link)
+
+    def boot_and_kill(_) -> None:
+        sandbox = Sandbox.create(timeout=60, **machines.sdk())
+        assert sandbox.kill() is True
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(boot_and_kill, range(15)))
