@@ -21,6 +21,7 @@ use crate::settings::Settings;
 
 /// The header with which a client asks for keepalive frames, in whole seconds.
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
+const TIMEOUT_HEADER: &str = "connect-timeout-ms";
 const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
 
 #[derive(Debug)]
@@ -97,6 +98,7 @@ impl wire::Process for ProcessService {
         ctx: RequestContext,
         request: ServiceRequest<'_, wire::StartRequest>,
     ) -> ServiceResult<ServiceStream<impl Encodable<wire::StartResponse> + Send + use<>>> {
+        let deadline = deadline(&ctx)?;
         let request = request.to_owned_message();
         if request.pty.is_set() {
             return Err(ConnectError::unimplemented(
@@ -106,7 +108,6 @@ impl wire::Process for ProcessService {
         let named = ctx.extensions().get::<RequestUser>().cloned().unwrap_or_default();
         let user = effective_user(&named, &self.accounts, &self.settings).map_err(unauthenticated)?;
         let spec = Spec::new(request, user, &self.settings.snapshot())?;
-        let deadline = ctx.deadline().map(Instant::from_std);
         let (process, reader) = self.processes.start(spec, deadline)?;
         let follow = Follow::new(&process, reader, keepalive(&ctx), deadline);
         Response::stream_ok(follow.events().map(|event| {
@@ -119,9 +120,9 @@ impl wire::Process for ProcessService {
         ctx: RequestContext,
         request: ServiceRequest<'_, wire::ConnectRequest>,
     ) -> ServiceResult<ServiceStream<impl Encodable<wire::ConnectResponse> + Send + use<>>> {
+        let deadline = deadline(&ctx)?;
         let selector = selector(request.to_owned_message().process.into_option())?;
         let process = self.processes.find_any(&selector)?;
-        let deadline = ctx.deadline().map(Instant::from_std);
         let follow = Follow::new(&process, process.attach(), keepalive(&ctx), deadline);
         Response::stream_ok(follow.events().map(|event| {
             event.map(|event| wire::ConnectResponse { event: event.into(), ..Default::default() })
@@ -228,6 +229,22 @@ fn keepalive(ctx: &RequestContext) -> Duration {
     let asked =
         ctx.header(KEEPALIVE_HEADER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
     asked.filter(|seconds| *seconds > 0).map_or(KEEPALIVE_DEFAULT, Duration::from_secs)
+}
+
+/// The client's deadline (`Connect-Timeout-Ms`, at most ten digits).
+///
+/// # Errors
+/// `invalid_argument` when it cannot be read: a command must not run for ever because its limit was misspelt.
+fn deadline(ctx: &RequestContext) -> Result<Option<Instant>, ConnectError> {
+    if let Some(value) = ctx.header(TIMEOUT_HEADER) {
+        let text = value.to_str().unwrap_or_default();
+        if text.is_empty() || text.len() > 10 || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(ConnectError::invalid_argument(format!(
+                "{TIMEOUT_HEADER}: must be a whole number of milliseconds with at most ten digits"
+            )));
+        }
+    }
+    Ok(ctx.deadline().map(Instant::from_std))
 }
 
 /// One client's stream: start, data, end, with keepalives in between.

@@ -73,11 +73,16 @@ impl Images {
     /// When there is none of that name, or it is not whole. Reads all of its files the first time.
     pub fn find(&self, given: &str) -> Result<Image, ImageError> {
         let unknown = || ImageError::Unknown(given.chars().take(100).collect());
-        let name = given.rsplit('/').next().unwrap_or_default().split(':').next().unwrap_or_default();
         let plain = |name: &str| {
             !name.is_empty()
                 && !name.starts_with('.')
                 && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        };
+        let untagged = given.split_once(':').map_or(given, |(untagged, _tag)| untagged);
+        let name = match untagged.split_once('/') {
+            Some((namespace, name)) if plain(namespace) => name,
+            Some(_) => return Err(unknown()),
+            None => untagged,
         };
         if !plain(name) {
             return Err(unknown());
@@ -172,7 +177,9 @@ mod tests {
     fn an_unknown_name_and_a_path_are_not_found() {
         let folder = tempfile::tempdir().unwrap();
         make(folder.path(), "kernel");
-        for name in ["", "nosuch", "..", "../base/..", ".", "base\0", "a b"] {
+        for name in
+            ["", "nosuch", "..", "../base/..", "../base", "base/../base", "a/b/base", ".", "base\0", "a b"]
+        {
             let error = images(folder.path()).find(name).unwrap_err();
             assert!(matches!(error, ImageError::Unknown(_)), "{name}: {error}");
         }
