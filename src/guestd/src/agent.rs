@@ -95,6 +95,7 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result
         match doors::bind_vsock(VSOCK_PORT) {
             Ok(listener) => {
                 tokio::spawn(doors.clone().vsock(listener));
+                tokio::spawn(doors::say_hello());
             }
             Err(error) => tracing::info!(%error, "no vsock"),
         }

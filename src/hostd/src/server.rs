@@ -38,6 +38,9 @@ pub async fn serve(config: Serve) -> Result<()> {
     let proxy_listener = listen::bind("--proxy", config.proxy)?;
     // Guards have working directories of their own, so no path may depend on this one.
     let images = std::path::absolute(&config.images).context("--images")?;
+    if !images.is_dir() {
+        tracing::warn!(images = %images.display(), "the folder of templates does not exist: make it with `cargo xtask image`");
+    }
     let images = Arc::new(Images::new(images, config.aliases()));
     let runtime = choose_runtime(&config, Arc::clone(&images)).await?;
     tracing::info!(runtime = runtime.name(), ?runtime, "ready to run sandboxes");

@@ -270,6 +270,13 @@ impl Lifetime {
         self.terms.extend(seconds, limits, now)
     }
 
+    /// Somebody asked for its end. False when it had ended already.
+    pub fn kill(&mut self, now: Moment) -> bool {
+        let alive = self.ended().is_none();
+        self.finish(EndReason::Killed, now);
+        alive
+    }
+
     /// Ends it for a reason of the driver's own. The first reason stays.
     pub fn end(&mut self, reason: EndReason, now: Moment) -> EndReason {
         match self.finish(reason, now) {

@@ -28,6 +28,9 @@ pub const CODE_PORT: u16 = 49999;
 /// The vsock port of the agent's one listener.
 pub const VSOCK_PORT: u32 = 49983;
 
+/// The host's vsock port that an agent dials once, when it listens. Dialling a guest before that can wedge vhost-device-vsock for good.
+pub const HELLO_PORT: u32 = 49984;
+
 /// The name of the virtio-serial port that carries the link where there is no vsock.
 pub const SERIAL_PORT_NAME: &str = "guestd.link";
 

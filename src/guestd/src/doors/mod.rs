@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use guestd_protocol::HELLO_PORT;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Method, Request};
@@ -39,6 +40,11 @@ const STREAMS: u32 = 16 * 1024;
 
 /// How many connections may wait for their accept: with 64, half of 200 quick vsock connections failed (contract: microvm.md section 4).
 const BACKLOG: u32 = 4096;
+
+/// How often the host is told that the agent listens, and how long it may take to hear it.
+const HELLO_TRIES: u32 = 20;
+const HELLO_LIMIT: Duration = Duration::from_secs(1);
+const HELLO_PAUSE: Duration = Duration::from_millis(250);
 
 /// A pause after a failed accept (no descriptors left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -171,6 +177,19 @@ pub fn bind_vsock(port: u32) -> io::Result<tokio_vsock::VsockListener> {
         tracing::warn!(error = %io::Error::last_os_error(), "the vsock backlog stays small");
     }
     Ok(listener)
+}
+
+/// Tells the host that this agent listens. A host that does not care refuses, which is fine.
+pub async fn say_hello() {
+    let host = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_HOST, HELLO_PORT);
+    for _ in 0..HELLO_TRIES {
+        match tokio::time::timeout(HELLO_LIMIT, tokio_vsock::VsockStream::connect(host)).await {
+            Ok(Ok(_heard)) => return,
+            Ok(Err(error)) => tracing::debug!(%error, "the host did not hear the hello"),
+            Err(_elapsed) => tracing::debug!("the host did not answer the hello"),
+        }
+        tokio::time::sleep(HELLO_PAUSE).await;
+    }
 }
 
 /// The device of the virtio-serial port that hostd named, if the machine has it.

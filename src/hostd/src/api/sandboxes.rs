@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use guestd_idle::EndReason;
 
 use super::shapes::{Fields, SandboxBody};
 use super::{Api, ApiError};
@@ -113,7 +112,7 @@ pub(super) async fn refresh(
 
 pub(super) async fn kill(State(api): State<Api>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     let sandbox = api.sandbox(&id)?;
-    if !api.sandboxes.kill(&sandbox.record.id, EndReason::Killed) {
+    if !api.sandboxes.kill(&sandbox).await {
         return Err(ApiError::no_sandbox(&id));
     }
     Ok(StatusCode::NO_CONTENT)

@@ -13,7 +13,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::{Sandbox, Sandboxes};
 use crate::clock;
 use crate::ids;
-use crate::link::{Link, LinkError};
+use crate::link::{Hello, Link, LinkError};
 use crate::runtime::{self, Image, ImageError, Machine, StartError};
 use crate::store::{Record, Stage, StoreError};
 
@@ -126,11 +126,13 @@ impl Sandboxes {
         let machine = runtime::start(&*setup.runtime, &record.id, &setup.runs, image, setup.size)?;
         record.placement = Some(machine.placement.clone());
         let booted = async {
+            // Long before the guest can get so far.
+            let hello = machine.placement.transport.hello()?;
             // With its guard's number, so that a supervisor that dies now leaves something to be found by the next.
             self.store.put(record.clone()).await?;
             let control = HeaderValue::from_str(&record.control).map_err(std::io::Error::other)?;
             let link = Link::new(machine.placement.transport.clone(), control);
-            record.envd_version = self.reach(&machine, &link, record, env_vars).await?;
+            record.envd_version = self.reach(&machine, hello, &link, record, env_vars).await?;
             let now = clock::now();
             let terms = asked.starting(now, &setup.limits);
             record.stage = Stage::Running;
@@ -157,12 +159,16 @@ impl Sandboxes {
     async fn reach(
         &self,
         machine: &Machine,
+        hello: Option<Hello>,
         link: &Link,
         record: &Record,
         env_vars: BTreeMap<String, String>,
     ) -> Result<String, CreateError> {
         let limit = self.setup.runtime.boot_limit();
         let reached = async {
+            if let Some(hello) = hello {
+                hello.heard().await?;
+            }
             loop {
                 match link.init(&self.init_request(record, &env_vars)).await {
                     Ok(version) => return Ok(version),

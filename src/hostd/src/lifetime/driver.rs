@@ -158,16 +158,17 @@ async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, releas
         detail = tombstone.detail,
         "sandbox ended"
     );
+    // On disk before anybody is told: a supervisor that dies now must not take over what was ended.
+    if let Err(error) = sandboxes.store.bury((*tombstone).clone()).await {
+        tracing::error!(sandbox = id, %error, "a tombstone is not on disk");
+    }
+    sandbox.buried.send_replace(true);
     if let Some(epoch) = released {
         tokio::time::sleep(sandboxes.setup.release_pause).await;
         // The machine is ended whether or not this arrives; it only gives callers inside the guest their answer.
         let _goodbye = tokio::time::timeout(GOODBYE, sandbox.link.commit_release(epoch)).await;
     }
     sandbox.over.send_replace(true);
-    // In this order: a supervisor that dies in between finds the record, sees that the machine is gone and buries it itself.
-    if let Err(error) = sandboxes.store.bury((*tombstone).clone()).await {
-        tracing::error!(sandbox = id, %error, "a tombstone is not on disk");
-    }
     sandbox.machine.stop().await;
     sandboxes.leave(id);
 }

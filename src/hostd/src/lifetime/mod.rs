@@ -27,6 +27,9 @@ use crate::store::{Record, Store, Tombstone};
 /// How long a tombstone is kept (DESIGN.md section 4, rule 7).
 const TOMBSTONE_LIFE: Duration = Duration::from_secs(3600);
 
+/// How long a kill waits for its tombstone to be on disk.
+const BURIAL_LIMIT: Duration = Duration::from_secs(10);
+
 /// One live sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -38,6 +41,8 @@ pub struct Sandbox {
     report: Mutex<Option<wire::Report>>,
     /// Wakes the driver.
     changed: Notify,
+    /// Turns true when its tombstone is on disk.
+    buried: watch::Sender<bool>,
     /// Turns true when the sandbox is over: proxied connections are cut.
     over: watch::Sender<bool>,
 }
@@ -51,6 +56,7 @@ impl Sandbox {
             lifetime: Mutex::new(lifetime),
             report: Mutex::default(),
             changed: Notify::new(),
+            buried: watch::Sender::new(false),
             over: watch::Sender::new(false),
         })
     }
@@ -82,10 +88,11 @@ impl Sandbox {
         let _over = over.wait_for(|over| *over).await;
     }
 
-    /// The deadline that clients see.
+    /// The deadline that clients see: as far from the start that they see as it really is, however the wall clock is set.
     pub fn end_wall_ms(&self) -> i64 {
-        let end = self.lifetime().terms().end;
-        clock::wall_ms_of(end)
+        let lifetime = self.lifetime();
+        let length = lifetime.terms().end.since(lifetime.terms().started);
+        self.record.started_wall_ms.saturating_add(i64::try_from(length.as_millis()).unwrap_or(i64::MAX))
     }
 }
 
@@ -218,10 +225,13 @@ impl Sandboxes {
         all
     }
 
-    /// Ends a sandbox; false when it is not alive.
-    pub fn kill(&self, id: &str, reason: EndReason) -> bool {
-        let Some(sandbox) = self.live(id) else { return false };
-        sandbox.change(|lifetime| lifetime.end(reason, clock::now())) == reason
+    /// Ends a sandbox; false when it has ended already. Nothing brings it back once this returns, a crash of the supervisor included.
+    pub async fn kill(&self, sandbox: &Sandbox) -> bool {
+        let killed = sandbox.change(|lifetime| lifetime.kill(clock::now()));
+        let mut buried = sandbox.buried.subscribe();
+        // A disk that does not answer must not hold the caller for ever; the end itself goes on.
+        let _slow_disk = tokio::time::timeout(BURIAL_LIMIT, buried.wait_for(|buried| *buried)).await;
+        killed
     }
 
     /// Ends all and waits until their machines are gone.

@@ -3,14 +3,14 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use guestd_protocol::{VSOCK_PORT, link};
+use guestd_protocol::{HELLO_PORT, VSOCK_PORT, link};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 
 /// Before its driver is up a guest accepts and says nothing: the answer to CONNECT has a deadline, and the caller tries again.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
@@ -27,13 +27,34 @@ pub struct Socket {
 }
 
 impl Socket {
+    fn open_folder(&self) -> io::Result<File> {
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+        OpenOptions::new().read(true).custom_flags(flags).open(&self.folder)
+    }
+
+    fn path_in(folder: &File, name: &str) -> PathBuf {
+        Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name)
+    }
+
     async fn connect(&self) -> io::Result<UnixStream> {
-        let folder: File = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
-            .open(&self.folder)?;
-        let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(&self.name);
-        UnixStream::connect(path).await
+        let folder = self.open_folder()?;
+        UnixStream::connect(Self::path_in(&folder, &self.name)).await
+    }
+}
+
+/// Hears that an agent listens.
+#[derive(Debug)]
+pub struct Hello {
+    listener: UnixListener,
+}
+
+impl Hello {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// When the socket cannot be listened on any more.
+    pub async fn heard(&self) -> io::Result<()> {
+        self.listener.accept().await.map(drop)
     }
 }
 
@@ -50,6 +71,20 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// Where the agent can say hello, what it is waited for on; None where it may be dialled at any time.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn hello(&self) -> io::Result<Option<Hello>> {
+        let Self::HybridVsock(socket) = self else { return Ok(None) };
+        let folder = socket.open_folder()?;
+        let path = Socket::path_in(&folder, &format!("{}_{HELLO_PORT}", socket.name));
+        let listener = UnixListener::bind(&path)?;
+        // The VM's own user dials it, and the folder is closed to everybody else.
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666))?;
+        Ok(Some(Hello { listener }))
+    }
+
     /// # Errors
     /// When nothing answers in time; the guest may still be starting.
     pub async fn dial(&self) -> io::Result<UnixStream> {

@@ -19,7 +19,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::sync::Mutex;
 
-pub use dial::{Socket, Transport};
+pub use dial::{Hello, Socket, Transport};
 
 /// As on the agent's side: streams are bounded one by one, the connection is not.
 const STREAM_WINDOW: u32 = 256 * 1024;
