@@ -26,8 +26,7 @@ def vm_room(request):
         yield
         return
     locations.require_qemu()
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    with VmSlots(Path("/tmp") / f"guestd-vm-slots-{run}").take(marker.args[0]):
+    with VmSlots(Path("/tmp/guestd-vm-slots")).take(marker.args[0]):
         yield
 
 

@@ -10,7 +10,7 @@ SLOTS = int(os.environ.get("TESTS_VM_SLOTS", "6"))
 
 
 class VmSlots:
-    """Lock files in a folder that all test processes share; the kernel frees the locks of a process that dies."""
+    """Lock files in a folder that all test processes of a machine share; the kernel frees the locks of a process that dies."""
 
     def __init__(self, folder: Path):
         self.folder = folder
