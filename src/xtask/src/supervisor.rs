@@ -69,6 +69,9 @@ pub struct Supervisor {
 impl Supervisor {
     /// Starts hostd and waits until it serves. `log` gets what it says on standard error; without one it says it here.
     pub fn start(settings: &Settings, log: Option<&Path>) -> Result<Self> {
+        // Ctrl-C goes to the whole group of processes: hostd ends its sandboxes and itself, and we wait for that. A
+        // handler, unlike a blocked or ignored signal, is not inherited by the processes that are to end.
+        ctrlc::set_handler(|| ()).context("cannot handle Ctrl-C")?;
         let mut command = Command::new(&settings.program);
         command.arg("serve").arg("--data").arg(&settings.data).arg("--images").arg(&settings.images);
         command.args(["--api", &settings.api.to_string(), "--proxy", &settings.proxy.to_string()]);

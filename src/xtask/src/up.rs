@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use nix::sys::signal::{SigSet, Signal};
 
 use crate::supervisor::{Runtime, Settings, Supervisor};
 use crate::{deps, image, steps, workspace};
@@ -41,9 +40,6 @@ pub fn run(options: &Options) -> Result<()> {
     };
     image::run(&image::Options { tree: options.runtime == Runtime::Container, ..Default::default() })?;
 
-    // Ctrl-C goes to the whole group: hostd ends its sandboxes and itself, and we wait for it. The block is not
-    // inherited, as the standard library clears the mask of a new process.
-    [Signal::SIGINT].into_iter().collect::<SigSet>().thread_block()?;
     let mut supervisor = Supervisor::start(&settings, None)?;
     println!("{}", environment_lines(&supervisor.api, &supervisor.proxy));
     supervisor.wait()
