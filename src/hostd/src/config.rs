@@ -148,12 +148,6 @@ impl Serve {
     /// # Errors
     /// With what is contradictory.
     pub fn check(&self) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            self.idle_floor <= self.max_lifetime,
-            "--idle-floor ({}) is above --max-lifetime ({})",
-            self.idle_floor,
-            self.max_lifetime
-        );
         let open = self.api_key.iter().all(|key| key.is_empty());
         anyhow::ensure!(
             self.api.ip().is_loopback() || !open || self.insecure_open,

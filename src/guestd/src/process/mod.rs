@@ -44,8 +44,6 @@ pub enum ProcessError {
     StdinBroken(std::io::Error),
     #[error("error writing to stdin: the process did not read it in time")]
     StdinStalled,
-    #[error("error sending signal: os: process already finished")]
-    AlreadyFinished,
     #[error("error sending signal: {0}")]
     Signal(nix::errno::Errno),
 }
@@ -99,12 +97,15 @@ impl Process {
     /// Signals the process, then its group: what it started ends with it. After SIGKILL it is gone when this returns.
     ///
     /// # Errors
-    /// When it has finished already.
+    /// [`ProcessError::NoPid`] when it has finished already: SDKs turn it into "there was nothing to kill".
     pub async fn signal(&self, signal: nix::sys::signal::Signal) -> Result<(), ProcessError> {
         if *self.reaped.borrow() {
-            return Err(ProcessError::AlreadyFinished);
+            return Err(ProcessError::NoPid(self.pid));
         }
-        signals::to_group(self.pid, signal).map_err(ProcessError::Signal)?;
+        signals::to_group(self.pid, signal).map_err(|error| match error {
+            nix::errno::Errno::ESRCH => ProcessError::NoPid(self.pid),
+            error => ProcessError::Signal(error),
+        })?;
         if signal == nix::sys::signal::Signal::SIGKILL {
             let mut reaped = self.reaped.subscribe();
             let _slow_exit = tokio::time::timeout(REAP_WAIT, reaped.wait_for(|reaped| *reaped)).await;

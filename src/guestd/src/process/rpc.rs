@@ -48,10 +48,9 @@ impl From<ProcessError> for ConnectError {
                 _ => ErrorCode::InvalidArgument,
             },
             ProcessError::StdinStalled => ErrorCode::DeadlineExceeded,
-            ProcessError::StdinClosed
-            | ProcessError::StdinBroken(_)
-            | ProcessError::AlreadyFinished
-            | ProcessError::Signal(_) => ErrorCode::Internal,
+            ProcessError::StdinClosed | ProcessError::StdinBroken(_) | ProcessError::Signal(_) => {
+                ErrorCode::Internal
+            }
         };
         Self::new(code, error.to_string())
     }

@@ -19,6 +19,9 @@ const GOODBYE: Duration = Duration::from_millis(100);
 /// Between two tries to hear from an agent that broke off.
 const WATCH_PAUSE: Duration = Duration::from_millis(500);
 
+/// Longest line of the history that comes from a guest, in characters.
+const NEWS_LIMIT: usize = 200;
+
 /// What the agent answered to a prepare; None when it did not.
 type Answer = Option<(bool, wire::Report)>;
 type PendingAnswer = Pin<Box<dyn Future<Output = Answer> + Send>>;
@@ -115,8 +118,21 @@ fn brief(report: &wire::Report) -> GuestReport {
     }
 }
 
+/// Keeps a report for the explain view, and its news for the history.
 fn keep(sandbox: &Sandbox, report: wire::Report) {
-    *sandbox.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
+    let mut kept = sandbox.report.lock().unwrap_or_else(PoisonError::into_inner);
+    let was_busy = kept.as_ref().is_some_and(|report| report.counting > 0);
+    let news = match (was_busy, report.counting > 0) {
+        (false, true) => report.holds.first().map(|hold| ("guest busy", &hold.class, &hold.origin)),
+        (true, false) => Some(("guest idle after", &report.last_class, &report.last_origin)),
+        _ => None,
+    };
+    if let Some((what, class, origin)) = news {
+        // The guest is not trusted with the length of anything.
+        let line: String = format!("{what}: {class} {origin}").chars().take(NEWS_LIMIT).collect();
+        sandbox.lifetime().note(clock::now(), line);
+    }
+    *kept = Some(report);
 }
 
 /// Listens to the agent's reports, and again when the link broke, until it is aborted.

@@ -3,13 +3,33 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
 
 use crate::lifetime::{HostHold, Sandbox};
+
+/// How much of a refused upload is read, and for how long: clients look for an answer when they have sent what they had to send.
+const DRAIN_LIMIT: usize = 64 * 1024 * 1024;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+
+/// Reads and forgets a request's body, within bounds.
+pub(super) async fn drain(mut body: Body) {
+    let reading = async {
+        let mut read = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            read += frame.data_ref().map_or(0, Bytes::len);
+            if read > DRAIN_LIMIT {
+                break;
+            }
+        }
+    };
+    let _slow_client = tokio::time::timeout(DRAIN_TIME, reading).await;
+}
 
 /// A body that ends with its sandbox.
 pub(super) struct ProxiedBody {

@@ -11,8 +11,8 @@ use axum::response::Response;
 use guestd_protocol::routes::Usage;
 use guestd_protocol::{CONTROL_HEADER, ENVD_PORT};
 
-use super::answers;
 use super::body::ProxiedBody;
+use super::{Admitted, answers};
 use crate::lifetime::{HostHold, Sandbox};
 use crate::link::LinkError;
 
@@ -32,13 +32,9 @@ const KEEP_ALIVE: &str = "keep-alive";
 const PROXY_CONNECTION: &str = "proxy-connection";
 
 /// Sends the request and streams the answer back.
-pub(super) async fn to_agent(
-    sandbox: &Arc<Sandbox>,
-    hold: Option<HostHold>,
-    usage: Usage,
-    request: Request,
-    browser: bool,
-) -> Response {
+pub(super) async fn to_agent(admitted: Admitted, request: Request) -> Response {
+    let Admitted { sandbox, usage, hold, browser, .. } = admitted;
+    let sandbox = &sandbox;
     let id = &sandbox.record.id;
     let hold = hold.map(Arc::new);
     let request = match prepare(sandbox, hold.clone(), request) {

@@ -19,7 +19,7 @@ use guestd_idle::HoldClass;
 use guestd_protocol::routes::{self, Usage};
 use guestd_protocol::{CODE_PORT, ENVD_PORT};
 
-use crate::lifetime::{Found, Sandboxes};
+use crate::lifetime::{Found, HostHold, Sandbox, Sandboxes};
 use route::Target;
 
 /// The proxy's router: everything goes to one handler.
@@ -28,23 +28,45 @@ pub fn router(sandboxes: Arc<Sandboxes>) -> Router {
 }
 
 async fn handle(State(sandboxes): State<Arc<Sandboxes>>, request: Request) -> Response {
+    match admit(&sandboxes, &request) {
+        Ok(admitted) if admitted.port == ENVD_PORT => forward::to_agent(admitted, request).await,
+        Ok(admitted) => tunnel::to_port(admitted, request).await,
+        Err(refusal) => {
+            // A client that is still sending would not read the answer, but see its connection break.
+            body::drain(request.into_body()).await;
+            *refusal
+        }
+    }
+}
+
+/// A request that may go to its sandbox.
+#[derive(Debug)]
+struct Admitted {
+    sandbox: Arc<Sandbox>,
+    port: u16,
+    usage: Usage,
+    /// None for what is never use.
+    hold: Option<HostHold>,
+    browser: bool,
+}
+
+fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<Response>> {
     let browser = answers::is_browser(request.headers());
     if request.method() == Method::CONNECT {
-        return answers::bad_request("CONNECT is not possible here");
+        return Err(Box::new(answers::bad_request("CONNECT is not possible here")));
     }
-    let target = match route::find(&sandboxes, &request) {
-        Ok(target) => target,
-        Err(refusal) => return answers::bad_request(&refusal.to_string()),
-    };
+    let target =
+        route::find(sandboxes, request).map_err(|refusal| answers::bad_request(&refusal.to_string()))?;
     let Target { id, found, port } = target;
+    let gone = |reason| Box::new(answers::gone(&id, reason, browser));
     let sandbox = match found {
         Some(Found::Live(sandbox)) => sandbox,
-        Some(Found::Gone(tombstone)) => return answers::gone(&id, Some(tombstone.reason), browser),
-        None => return answers::gone(&id, None, browser),
+        Some(Found::Gone(tombstone)) => return Err(gone(Some(tombstone.reason))),
+        None => return Err(gone(None)),
     };
     let path = request.uri().path();
     if port == ENVD_PORT && routes::is_host_only(path) {
-        return answers::host_only(path);
+        return Err(Box::new(answers::host_only(path)));
     }
     let usage = match port {
         ENVD_PORT => routes::find(path).map_or(Usage::Never, |route| route.usage),
@@ -56,26 +78,16 @@ async fn handle(State(sandboxes): State<Arc<Sandboxes>>, request: Request) -> Re
         _ => HoldClass::GuestPort,
     };
     let hold = if usage == Usage::Never {
+        if let Some((reason, _)) = sandbox.lifetime().ended() {
+            return Err(gone(Some(reason)));
+        }
         None
     } else {
-        let origin = format!(
-            "{} {}{path}",
-            request.method(),
-            if port == ENVD_PORT { String::new() } else { format!(":{port}") }
-        );
-        match sandbox.admit(class, &shortened(&origin)) {
-            Ok(hold) => Some(hold),
-            Err(reason) => return answers::gone(&id, Some(reason), browser),
-        }
+        let at = if port == ENVD_PORT { String::new() } else { format!(":{port}") };
+        let origin = shortened(&format!("{} {at}{path}", request.method()));
+        Some(sandbox.admit(class, &origin).map_err(|reason| gone(Some(reason)))?)
     };
-    if usage == Usage::Never && sandbox.lifetime().ended().is_some() {
-        return answers::gone(&id, None, browser);
-    }
-    if port == ENVD_PORT {
-        forward::to_agent(&sandbox, hold, usage, request, browser).await
-    } else {
-        tunnel::to_port(&sandbox, hold, port, request, browser).await
-    }
+    Ok(Admitted { sandbox, port, usage, hold, browser })
 }
 
 /// A path may be of any length; a hold's origin is for people.

@@ -14,20 +14,16 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::answers;
 use super::body::ProxiedBody;
 use super::forward::gone;
+use super::{Admitted, answers};
 use crate::lifetime::{HostHold, Sandbox};
 use crate::link::LinkError;
 
 /// Sends the request and streams the answer back.
-pub(super) async fn to_port(
-    sandbox: &Arc<Sandbox>,
-    hold: Option<HostHold>,
-    port: u16,
-    request: Request,
-    browser: bool,
-) -> Response {
+pub(super) async fn to_port(admitted: Admitted, request: Request) -> Response {
+    let Admitted { sandbox, port, hold, browser, .. } = admitted;
+    let sandbox = &sandbox;
     let id = &sandbox.record.id;
     let answered = tokio::select! {
         biased;
