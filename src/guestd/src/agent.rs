@@ -35,8 +35,10 @@ pub struct Config {
     pub unix: Option<PathBuf>,
     /// Listen on vsock and on the virtio-serial link where the machine has them.
     pub machine_links: bool,
-    /// The agent of a machine of its own, not an ordinary service on somebody's.
+    /// The agent of a machine or a container of its own, not an ordinary service on somebody's: it may name it.
     pub own_machine: bool,
+    /// A kernel of its own: it may set the clock. A container's clock is its host's.
+    pub own_kernel: bool,
     /// Ends the machine.
     pub power_off: fn(),
 }
@@ -49,12 +51,7 @@ pub fn router(config: &Config) -> (Router, Arc<Access>) {
     let activity = Activity::new(Policy::default());
     let processes = Processes::new(Arc::clone(&activity));
     let files = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings)));
-    let system = Arc::new(System::new(
-        Arc::clone(&access),
-        Arc::clone(&settings),
-        config.own_machine,
-        config.power_off,
-    ));
+    let system = Arc::new(System::new(Arc::clone(&access), Arc::clone(&settings), config));
 
     let rpc = connectrpc::Router::new();
     let rpc = Arc::new(ProcessService::new(processes, Arc::clone(&accounts), settings)).register(rpc);

@@ -40,6 +40,7 @@ fn main() -> ExitCode {
                 unix,
                 machine_links: machine,
                 own_machine: true,
+                own_kernel: machine,
                 power_off,
             })
         });
@@ -87,6 +88,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
         unix,
         machine_links: false,
         own_machine: false,
+        own_kernel: false,
         power_off: || std::process::exit(0),
     }))
 }

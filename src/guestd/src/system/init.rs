@@ -55,7 +55,9 @@ fn apply(system: &System, headers: &HeaderMap, body: &[u8]) -> Result<(), (Statu
         .map_err(|refusal| (StatusCode::UNAUTHORIZED, refusal.to_string()))?;
     *last = timestamp.or(*last);
     drop(last);
-    if let Some(timestamp) = timestamp {
+    if let Some(timestamp) = timestamp
+        && system.own_kernel
+    {
         clock::set(timestamp);
     }
     settle(system, request);
@@ -101,10 +103,19 @@ fn settle(system: &System, request: InitRequest) {
 mod tests {
     use super::*;
     use crate::access::Access;
+    use crate::agent::Config;
     use crate::settings::Settings;
 
     fn system() -> System {
-        System::new(Arc::new(Access::default()), Arc::new(Settings::new(false)), false, || {})
+        let config = Config {
+            tcp: Vec::new(),
+            unix: None,
+            machine_links: false,
+            own_machine: false,
+            own_kernel: false,
+            power_off: || {},
+        };
+        System::new(Arc::new(Access::default()), Arc::new(Settings::new(false)), &config)
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ use axum::routing::{get, post};
 use tokio::task::AbortHandle;
 
 use crate::access::Access;
+use crate::agent::Config;
 use crate::settings::Settings;
 
 /// What the handlers share.
@@ -27,13 +28,12 @@ pub struct System {
     last_init: Mutex<Option<clock::Timestamp>>,
     /// The agent's own end of the machine's lifetime.
     last_guard: Mutex<Option<AbortHandle>>,
-    /// A machine of our own may be renamed; an agent that is an ordinary service must not rename somebody's host.
     own_machine: bool,
+    own_kernel: bool,
     power_off: fn(),
 }
 
 impl System {
-    /// `power_off` ends the machine; in an agent that is an ordinary service it ends the agent.
     pub fn new(access: Arc<Access>, settings: Arc<Settings>, own_machine: bool, power_off: fn()) -> Self {
         Self {
             access,
@@ -41,8 +41,9 @@ impl System {
             metrics: metrics::Sampler::default(),
             last_init: Mutex::new(None),
             last_guard: Mutex::new(None),
-            own_machine,
-            power_off,
+            own_machine: config.own_machine,
+            own_kernel: config.own_kernel,
+            power_off: config.power_off,
         }
     }
 
