@@ -34,7 +34,7 @@ pub struct System {
 }
 
 impl System {
-    pub fn new(access: Arc<Access>, settings: Arc<Settings>, own_machine: bool, power_off: fn()) -> Self {
+    pub fn new(access: Arc<Access>, settings: Arc<Settings>, config: &Config) -> Self {
         Self {
             access,
             settings,
