@@ -11,8 +11,9 @@ use hyper_util::service::TowerToHyperService;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpSocket};
 
-/// How long a client may take to send a request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection may be without a whole request head. The SDKs' pools keep idle connections for up to 300 s (contract:
+/// control-plane.md section 4.6); one that is closed under the next request is an error in somebody's program.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(640);
 const BACKLOG: u32 = 1024;
 
 /// A pause after a failed accept (no descriptors left), so that the loop does not spin.

@@ -26,8 +26,9 @@ use tower::ServiceExt;
 
 use crate::access::Access;
 
-/// How long a client may take to send a request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection may be without a whole request head: envd's keep-alive time (contract: envd.md section 0). Shorter than a client's
+/// pool keeps its connections, it would close them under the next request.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(640);
 
 /// What one stream may have under way in each direction, so that a stalled one holds back neither memory nor its neighbours.
 const STREAM_WINDOW: u32 = 256 * 1024;

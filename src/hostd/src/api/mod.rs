@@ -14,6 +14,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -21,6 +22,9 @@ use subtle::ConstantTimeEq;
 
 use crate::lifetime::Sandboxes;
 pub use error::ApiError;
+
+/// Longest error text of the framework's own, in bytes.
+const ERROR_TEXT_LIMIT: usize = 4096;
 
 /// What the handlers share.
 #[derive(Clone, Debug)]
@@ -50,6 +54,7 @@ pub fn router(api: Api) -> Router {
         .route("/tombstones", get(admin::tombstones))
         .route("/metrics", get(admin::metrics))
         .layer(middleware::from_fn_with_state(api.clone(), authorize))
+        .layer(middleware::map_response(json_errors))
         .route("/health", get(|| async { StatusCode::OK }))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
@@ -67,6 +72,20 @@ async fn unknown_route(request: Request) -> Response {
 async fn unknown_method(request: Request) -> Response {
     let message = format!("{} is not possible on {}", request.method(), request.uri().path());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).into_response()
+}
+
+/// What the framework refuses by itself (a body that is too large, a path that is no text) gets the form of our own errors.
+async fn json_errors(response: Response) -> Response {
+    let is_json = response
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if is_json || !(response.status().is_client_error() || response.status().is_server_error()) {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let text = axum::body::to_bytes(body, ERROR_TEXT_LIMIT).await.unwrap_or_default();
+    ApiError::new(parts.status, String::from_utf8_lossy(&text)).into_response()
 }
 
 async fn authorize(State(api): State<Api>, request: Request, next: Next) -> Response {
