@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::http::{HeaderName, Method};
 use axum::{Router, middleware};
 use connectrpc::{ConnectRpcService, Limits};
 use guestd_idle::Policy;
@@ -12,7 +14,7 @@ use guestd_protocol::wire::activity::v1::ActivityExt;
 use guestd_protocol::wire::filesystem::FilesystemExt;
 use guestd_protocol::wire::process::ProcessExt;
 use guestd_protocol::{SERIAL_PORT_NAME, VSOCK_PORT};
-use tower_http::cors::{Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
 use crate::access::{self, Access};
 use crate::activity::rpc::ActivityService;
@@ -26,6 +28,9 @@ use crate::system::{self, System};
 
 /// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
 const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
+
+/// How long a browser may remember a preflight's answer (contract: envd.md section 4.1).
+const PREFLIGHT_LIFE: Duration = Duration::from_secs(7200);
 
 /// How an agent is started.
 #[derive(Clone, Debug)]
@@ -67,8 +72,19 @@ pub fn router(config: &Config) -> (Router, Arc<Access>) {
         .layer(middleware::from_fn_with_state(activity, activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
-        .layer(CorsLayer::new().allow_origin(Any).allow_methods(Any).allow_headers(Any));
+        .layer(cors());
     (router, access)
+}
+
+/// For SDKs in browsers. The headers that were asked for are named one by one: a `*` does not cover `Authorization` (Fetch standard).
+fn cors() -> CorsLayer {
+    let exposed = ["location", "cache-control", "x-content-type-options", "grpc-status", "grpc-message"];
+    CorsLayer::new()
+        .allow_origin(Any)
+        .allow_methods([Method::HEAD, Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(exposed.map(HeaderName::from_static))
+        .max_age(PREFLIGHT_LIFE)
 }
 
 /// Opens the doors and serves until `stop` is done.

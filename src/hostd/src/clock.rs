@@ -4,7 +4,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use guestd_idle::Moment;
 use nix::time::{ClockId, clock_gettime};
-use tokio::time::Instant;
 
 /// Now, on the clock that counts since the machine's boot. It is the same for every process and goes on while the machine sleeps, so
 /// that a restarted supervisor reads the deadlines of its predecessor.
@@ -16,11 +15,6 @@ pub fn now() -> Moment {
             Moment::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
         },
     )
-}
-
-/// The tokio instant at which a moment comes.
-pub fn instant(moment: Moment) -> Instant {
-    Instant::now() + moment.since(now())
 }
 
 /// The boot that moments belong to; none of another boot means anything.

@@ -67,6 +67,10 @@ pub async fn serve(listener: TcpListener, router: Router) {
         }
         let service = TowerToHyperService::new(router.clone());
         tokio::spawn(async move {
+            // The builder looks at the first bytes without a limit of time.
+            if !matches!(tokio::time::timeout(HEADER_TIMEOUT, stream.peek(&mut [0])).await, Ok(Ok(1))) {
+                return;
+            }
             let mut builder = Builder::new(TokioExecutor::new());
             builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
             if let Err(error) = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await {

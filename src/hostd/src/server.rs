@@ -31,6 +31,7 @@ const PROBE_TEMPLATE: &str = "base";
 /// One sentence that says what is wrong and what to do.
 pub async fn serve(config: Serve) -> Result<()> {
     config.check()?;
+    raise_descriptor_limit();
     let runs = prepare_folders(&config.data)?;
     // The store first: its lock keeps a second supervisor from touching anything of the first.
     let store = Store::open(&config.data)?;
@@ -69,14 +70,30 @@ pub async fn serve(config: Serve) -> Result<()> {
     asked_to_end().await?;
     match config.on_exit {
         OnExit::Stop => {
-            tracing::info!("ending all sandboxes");
-            sandboxes.end_all(guestd_idle::EndReason::HostShutdown).await;
+            tracing::info!("ending all sandboxes; ask again to leave them");
+            tokio::select! {
+                () = sandboxes.end_all(guestd_idle::EndReason::HostShutdown) => {}
+                asked = asked_to_end() => {
+                    asked?;
+                    tracing::warn!("leaving at once; what still runs is ended by its guard, or taken over by the next start");
+                }
+            }
         }
         OnExit::Keep => {
             tracing::info!("leaving the sandboxes running; their guards end them when they are due")
         }
     }
     Ok(())
+}
+
+/// Each sandbox takes a few descriptors; a shell's soft limit is for a few hundred.
+fn raise_descriptor_limit() {
+    let resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let raised = nix::sys::resource::getrlimit(resource)
+        .and_then(|(_soft, hard)| nix::sys::resource::setrlimit(resource, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 async fn expire(sandboxes: Arc<Sandboxes>) {

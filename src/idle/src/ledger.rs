@@ -146,6 +146,8 @@ pub struct Hold {
     pub last_progress: Moment,
     /// Bytes moved so far.
     pub bytes: u64,
+    /// It counts while it lives, but is no use before it is confirmed: nobody knows yet whether its caller may call.
+    pub provisional: bool,
 }
 
 /// A change that the explain view shows.
@@ -192,12 +194,46 @@ impl Ledger {
 
     /// Starts a hold. Its start is use, unless its class never counts.
     pub fn begin(&mut self, class: HoldClass, origin: impl Into<String>, pid: u32, now: Moment) -> HoldId {
+        let id = self.begin_provisional(class, origin, now);
+        self.confirm(id, now);
+        if let Some(hold) = self.holds.get_mut(&id) {
+            hold.pid = pid;
+        }
+        id
+    }
+
+    /// Starts a hold that becomes use only when it is confirmed. It counts while it lives, so that a call on its way in is never missed,
+    /// but a call that is refused leaves the idle clock as it was.
+    pub fn begin_provisional(&mut self, class: HoldClass, origin: impl Into<String>, now: Moment) -> HoldId {
         let id = HoldId(self.next_id);
         self.next_id += 1;
-        let hold = Hold { class, origin: origin.into(), pid, started: now, last_progress: now, bytes: 0 };
-        self.enter(&hold, now);
+        let origin = origin.into();
+        let hold =
+            Hold { class, origin, pid: 0, started: now, last_progress: now, bytes: 0, provisional: true };
+        self.sequence += 1;
+        self.counting += usize::from(self.counts(&hold));
         self.holds.insert(id, hold);
         id
+    }
+
+    /// Makes a provisional hold use.
+    pub fn confirm(&mut self, id: HoldId, now: Moment) {
+        let Some(mut hold) = self.holds.remove(&id) else { return };
+        if hold.provisional {
+            self.counting -= usize::from(self.counts(&hold));
+            hold.provisional = false;
+            self.enter(&hold, now);
+        }
+        self.holds.insert(id, hold);
+    }
+
+    /// A provisional hold counts whatever its class is: its call has not been looked at yet.
+    fn counts(&self, hold: &Hold) -> bool {
+        match self.policy.counting(hold.class) {
+            Counting::WhileHeld => true,
+            Counting::OnProgress => hold.provisional,
+            Counting::Never => false,
+        }
     }
 
     /// Bytes or events passed. Unknown ids are ignored: the hold ended a moment ago.
@@ -205,13 +241,14 @@ impl Ledger {
         let Some(hold) = self.holds.get_mut(&id) else { return };
         hold.bytes = hold.bytes.saturating_add(bytes);
         hold.last_progress = now;
-        if self.policy.counting(hold.class) == Counting::OnProgress {
+        if self.policy.counting(hold.class) == Counting::OnProgress && !hold.provisional {
             self.last_activity = self.last_activity.max(now);
         }
     }
 
     /// Moves a hold to another class: a command's last client went, or one came back.
     pub fn reclass(&mut self, id: HoldId, class: HoldClass, now: Moment) {
+        self.confirm(id, now);
         let Some(mut hold) = self.holds.remove(&id) else { return };
         if hold.class != class {
             self.leave(&hold, now);
@@ -314,10 +351,13 @@ impl Ledger {
 
     fn leave(&mut self, hold: &Hold, now: Moment) {
         self.sequence += 1;
-        if self.policy.counting(hold.class) != Counting::WhileHeld {
+        if !self.counts(hold) {
             return;
         }
         self.counting -= 1;
+        if hold.provisional {
+            return;
+        }
         self.last_activity = self.last_activity.max(now);
         self.last_use = Some(LastUse { class: hold.class, origin: hold.origin.clone() });
         if self.counting == 0 {
@@ -376,6 +416,23 @@ mod tests {
         assert_eq!(ledger.idle_for(at(9_000)), Duration::ZERO);
         ledger.end(command, at(9_000));
         assert_eq!(ledger.idle_for(at(9_001)), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_call_that_is_refused_does_not_keep_the_sandbox() {
+        for class in [HoldClass::Call, HoldClass::Transfer] {
+            let mut ledger = ledger();
+            let stranger = ledger.begin_provisional(class, "stranger", at(5_000));
+            assert_eq!(ledger.idle_for(at(6_000)), Duration::ZERO, "it may be somebody who may");
+            ledger.progress(stranger, 10, at(6_000));
+            ledger.end(stranger, at(7_000));
+            assert_eq!((ledger.counting(), ledger.idle_for(at(8_000))), (0, Duration::from_secs(8)));
+            let owner = ledger.begin_provisional(class, "owner", at(9_000));
+            ledger.confirm(owner, at(9_000));
+            ledger.end(owner, at(9_500));
+            assert!(ledger.idle_for(at(10_000)) <= Duration::from_secs(1));
+            assert_eq!(ledger.counting(), 0);
+        }
     }
 
     #[test]

@@ -211,7 +211,7 @@ impl Lifetime {
         Verdict::Abort
     }
 
-    /// A request came in. The hold lives until [`Lifetime::release_hold`].
+    /// A request came in. The hold lives until [`Lifetime::release_hold`], and is use once it is confirmed.
     ///
     /// # Errors
     /// When the sandbox has ended.
@@ -223,8 +223,13 @@ impl Lifetime {
     ) -> Result<HoldId, EndReason> {
         match self.phase {
             Phase::Ended { reason, .. } => Err(reason),
-            Phase::Running | Phase::Preparing { .. } => Ok(self.host.begin(class, origin, 0, now)),
+            Phase::Running | Phase::Preparing { .. } => Ok(self.host.begin_provisional(class, origin, now)),
         }
+    }
+
+    /// The agent took the request: its caller may call. From now on it is use.
+    pub fn confirm(&mut self, hold: HoldId, now: Moment) {
+        self.host.confirm(hold, now);
     }
 
     pub fn progress(&mut self, hold: HoldId, bytes: u64, now: Moment) {
@@ -396,6 +401,7 @@ mod tests {
         let hold = lifetime.admit(HoldClass::Call, "/x", due + Duration::from_millis(1)).unwrap();
         let answered = due + Duration::from_millis(2);
         assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), answered), Verdict::Abort);
+        lifetime.confirm(hold, answered);
         lifetime.release_hold(hold, answered);
         assert_eq!(lifetime.releases_in(answered), Some(IDLE + MARGIN));
     }
@@ -405,6 +411,7 @@ mod tests {
         let mut lifetime = idle_sandbox();
         let (epoch, due) = due(&mut lifetime, at(0));
         let hold = lifetime.admit(HoldClass::Call, "/x", due).unwrap();
+        lifetime.confirm(hold, due);
         lifetime.release_hold(hold, due);
         assert_eq!(lifetime.answer(epoch, true, idle_report(1, IDLE), due), Verdict::Abort);
     }

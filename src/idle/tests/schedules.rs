@@ -178,6 +178,7 @@ fn run(schedule: &Schedule) -> Outcome {
             }
             Event::BackAtHost(index) => {
                 if let Some(hold) = world.host_holds.remove(&index) {
+                    world.host.confirm(hold, now);
                     world.host.release_hold(hold, now);
                     world.last_use = time;
                 }

@@ -72,8 +72,12 @@ impl Activity {
                 let mut inner = self.lock();
                 match inner.admission.enter(now) {
                     Entry::Admitted => {
+                        // Under the same lock: a prepare between the two would call this sandbox ready.
+                        let id = inner.ledger.begin(class, shortened(origin), 0, now);
+                        let sequence = inner.ledger.sequence();
                         drop(inner);
-                        return Ok(self.hold(class, origin));
+                        self.changes.send_replace(sequence);
+                        return Ok(HoldGuard { activity: Arc::clone(self), id });
                     }
                     Entry::Gone => return Err(Gone),
                     Entry::Wait(until) => until.since(now),

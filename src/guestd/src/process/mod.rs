@@ -89,6 +89,7 @@ impl Process {
     pub async fn close_stdin(&self) {
         let mut reaped = self.reaped.subscribe();
         tokio::select! {
+            biased;
             mut stdin = self.stdin.lock() => drop(stdin.take()),
             _ = reaped.wait_for(|reaped| *reaped) => {}
         }
@@ -207,7 +208,10 @@ impl Processes {
     /// Moves a process to those that ended, for a while.
     fn retire(self: &Arc<Self>, process: &Arc<Process>) {
         let mut table = self.lock();
-        table.live.remove(&process.pid);
+        // The number may be another's by now.
+        if table.live.get(&process.pid).is_some_and(|live| Arc::ptr_eq(live, process)) {
+            table.live.remove(&process.pid);
+        }
         table.ended.insert(process.pid, Arc::clone(process));
         drop(table);
         let (processes, process) = (Arc::downgrade(self), Arc::clone(process));

@@ -139,6 +139,8 @@ impl Output {
         let count = state.places.len();
         state.attachment.clients(count);
         drop(state);
+        // A writer that waits for a lone slow client has to learn that it holds up another now.
+        self.shared.writable.notify_waiters();
         Reader { shared: Arc::clone(&self.shared), client, done: false }
     }
 

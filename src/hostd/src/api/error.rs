@@ -51,7 +51,7 @@ impl From<CreateError> for ApiError {
         let status = match &error {
             CreateError::Terms(_) => StatusCode::BAD_REQUEST,
             CreateError::Image(ImageError::Unknown(_)) => StatusCode::NOT_FOUND,
-            CreateError::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            CreateError::Busy | CreateError::Closing => StatusCode::SERVICE_UNAVAILABLE,
             CreateError::Full(_) => StatusCode::TOO_MANY_REQUESTS,
             CreateError::Image(ImageError::Broken { .. })
             | CreateError::Start(_)

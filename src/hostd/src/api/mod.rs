@@ -89,6 +89,13 @@ async fn json_errors(response: Response) -> Response {
 }
 
 async fn authorize(State(api): State<Api>, request: Request, next: Next) -> Response {
+    // A page in a browser on this machine can send requests here, but not with a header of ours unless it asks first, which is refused.
+    let headers = request.headers();
+    let keyless = !headers.contains_key("x-api-key") && !headers.contains_key("authorization");
+    if keyless && headers.contains_key("origin") {
+        return ApiError::new(StatusCode::UNAUTHORIZED, "X-API-KEY: a request from a web page needs one")
+            .into_response();
+    }
     if !api.keys.is_empty() && !has_key(&api.keys, &request) {
         return ApiError::new(StatusCode::UNAUTHORIZED, "X-API-KEY: the API key is missing or wrong")
             .into_response();

@@ -6,6 +6,8 @@ use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 
+use guestd_idle::{Lifetime, Moment, TermsError};
+
 use super::shapes::{Fields, SandboxBody};
 use super::{Api, ApiError};
 use crate::clock;
@@ -31,6 +33,19 @@ impl Api {
         let id = ids::normalise(given).ok_or_else(|| ApiError::bad_request("Invalid sandbox ID"))?;
         self.sandboxes.live(id).ok_or_else(|| ApiError::no_sandbox(id))
     }
+}
+
+/// Changes a sandbox's terms, in one step with the look whether it still lives.
+fn change_live(
+    sandbox: &Sandbox,
+    change: impl FnOnce(&mut Lifetime, Moment) -> Result<(), TermsError>,
+) -> Result<(), ApiError> {
+    sandbox.change(|lifetime| {
+        if lifetime.ended().is_some() {
+            return Err(ApiError::no_sandbox(&sandbox.record.id));
+        }
+        change(lifetime, clock::now()).map_err(ApiError::from)
+    })
 }
 
 pub(super) async fn create(
@@ -73,11 +88,10 @@ pub(super) async fn connect(
     let sandbox = api.sandbox(&id)?;
     let limits = api.sandboxes.setup.limits;
     let default = CONNECT_SECONDS.min(i64::try_from(limits.max_lifetime.as_secs()).unwrap_or(i64::MAX));
-    sandbox.change(|lifetime| {
-        let now = clock::now();
+    change_live(&sandbox, |lifetime, now| {
         lifetime.extend(asked.unwrap_or(default), &limits, now)?;
         lifetime.touch("connect", now);
-        Ok::<_, ApiError>(())
+        Ok(())
     })?;
     api.sandboxes.save_terms(&sandbox).await?;
     Ok(axum::Json(SandboxBody::of(&sandbox)))
@@ -91,7 +105,7 @@ pub(super) async fn set_timeout(
     let fields = Fields::parse(&body)?;
     let seconds = fields.seconds("timeout")?.ok_or_else(|| ApiError::bad_request("timeout: is required"))?;
     let sandbox = api.sandbox(&id)?;
-    sandbox.change(|lifetime| lifetime.set_timeout(seconds, clock::now()))?;
+    change_live(&sandbox, |lifetime, now| lifetime.set_timeout(seconds, now))?;
     api.sandboxes.save_terms(&sandbox).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -105,7 +119,7 @@ pub(super) async fn refresh(
     let seconds = fields.seconds("duration")?.unwrap_or(REFRESH_SECONDS).max(REFRESH_SECONDS);
     let sandbox = api.sandbox(&id)?;
     let limits = api.sandboxes.setup.limits;
-    sandbox.change(|lifetime| lifetime.extend(seconds, &limits, clock::now()))?;
+    change_live(&sandbox, |lifetime, now| lifetime.extend(seconds, &limits, now))?;
     api.sandboxes.save_terms(&sandbox).await?;
     Ok(StatusCode::NO_CONTENT)
 }

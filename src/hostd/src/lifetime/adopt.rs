@@ -10,51 +10,68 @@ use super::{Found, Sandbox, Sandboxes};
 use crate::clock;
 use crate::link::Link;
 use crate::runtime::Machine;
-use crate::store::{Record, Stage, StoreError, Tombstone};
+use crate::store::{Record, Stage, Tombstone};
 
 /// How long an adopted agent may take to say how idle it is. One that says nothing is taken as busy until its reports come.
 const REPORT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Nothing could be learnt about a sandbox's guard.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot tell whether sandbox {id} still runs: {error}; raise the limit of open files (ulimit -n) and start again"
+)]
+struct Unknown {
+    id: String,
+    error: std::io::Error,
+}
 
 impl Sandboxes {
     /// Takes over what the store knows. Everything is in the table when this returns.
     ///
     /// # Errors
-    /// When the store cannot be read.
-    pub async fn adopt(self: &Arc<Self>) -> Result<(), StoreError> {
+    /// When the store cannot be read, or a sandbox can be called neither alive nor gone.
+    pub async fn adopt(self: &Arc<Self>) -> anyhow::Result<()> {
         for tombstone in self.store.tombstones()? {
             self.bury(&Arc::new(tombstone));
         }
         self.expire_tombstones().await;
         let boot = clock::boot_id();
         let adoptions = self.store.records()?.into_iter().map(|record| self.adopt_one(record, &boot));
-        futures_util::future::join_all(adoptions).await;
+        for adopted in futures_util::future::join_all(adoptions).await {
+            adopted?;
+        }
         self.remove_strays();
         Ok(())
     }
 
-    async fn adopt_one(self: &Arc<Self>, record: Record, boot: &str) {
+    async fn adopt_one(self: &Arc<Self>, record: Record, boot: &str) -> Result<(), Unknown> {
         let id = record.id.clone();
-        if matches!(self.find(&id), Some(Found::Gone(_))) {
-            // It was buried while a change of its terms was on its way to the disk.
-            if let Err(error) = self.store.forget(id).await {
-                tracing::error!(%error, "a buried sandbox stays in the store");
-            }
-            return;
-        }
         let same_boot = record.boot_id == boot;
-        let machine = record.placement.clone().filter(|_| same_boot).and_then(Machine::adopt);
+        let machine = match record.placement.clone().filter(|_| same_boot).map(Machine::adopt) {
+            None => None,
+            Some(Ok(machine)) => machine,
+            // Out of descriptors, perhaps. It is not known to be gone, so nothing of it is touched.
+            Some(Err(error)) => return Err(Unknown { id, error }),
+        };
+        let buried = matches!(self.find(&id), Some(Found::Gone(_)));
         match (record.stage, machine) {
-            (Stage::Creating, machine) => {
+            (Stage::Running, Some(machine)) if !buried => self.take_over(record, machine).await,
+            (Stage::Running, None) if !buried => self.bury_lost(record, same_boot).await,
+            // Ended, but its machine was still to be stopped; or nobody was ever told of it.
+            (_, machine) => {
                 if let Some(machine) = machine {
                     machine.stop().await;
                 }
-                tracing::info!(sandbox = id, "removed a sandbox that nobody was told of");
-                if let Err(error) = self.store.forget(id).await {
-                    tracing::error!(%error, "it stays in the store");
-                }
+                tracing::info!(sandbox = id, buried, "removed what was left of a sandbox");
+                self.forget(id).await;
             }
-            (Stage::Running, Some(machine)) => self.take_over(record, machine).await,
-            (Stage::Running, None) => self.bury_lost(record, same_boot).await,
+        }
+        Ok(())
+    }
+
+    async fn forget(&self, id: String) {
+        if let Err(error) = self.store.forget(id).await {
+            tracing::error!(%error, "a record stays in the store");
         }
     }
 
@@ -124,6 +141,7 @@ impl Sandboxes {
         if let Err(error) = self.store.bury((*tombstone).clone()).await {
             tracing::error!(sandbox = tombstone.id, %error, "its tombstone is not on disk");
         }
+        self.forget(tombstone.id.clone()).await;
     }
 
     /// Removes run folders that belong to nobody any more.

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use guestd_idle::terms::Asked;
 use guestd_idle::{Lifetime, TermsError};
 use guestd_protocol::init::InitRequest;
 use http::HeaderValue;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{Sandbox, Sandboxes};
 use crate::clock;
@@ -20,7 +21,8 @@ use crate::store::{Record, Stage, StoreError};
 /// The pause between two tries to reach an agent that is still booting.
 const TRY_AGAIN: Duration = Duration::from_millis(40);
 
-/// How long a create waits for its turn to boot. The SDKs give up after 60 s, the boot included.
+/// How long a create may take, and how long of that it may wait for its turn to boot. The SDKs give up after 60 s.
+const CREATE_LIMIT: Duration = Duration::from_secs(56);
 const QUEUE_LIMIT: Duration = Duration::from_secs(40);
 
 /// Random bytes in an access token and in a control credential.
@@ -48,6 +50,8 @@ pub enum CreateError {
     Full(usize),
     #[error("too many sandboxes are being started; try again in a moment")]
     Busy,
+    #[error("this host is shutting down")]
+    Closing,
     #[error("the sandbox could not be started: {0}")]
     Start(#[from] StartError),
     #[error("the sandbox could not be started: {0}")]
@@ -70,12 +74,26 @@ impl Sandboxes {
         let name = request.template.clone();
         let image = tokio::task::spawn_blocking(move || images.find(&name))
             .await
-            .map_err(|_| CreateError::Boot("the host is shutting down".to_owned()))??;
+            .map_err(|_| CreateError::Closing)??;
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(CreateError::Closing);
+        }
         let full = |_| CreateError::Full(self.setup.max_sandboxes);
         let place = Arc::clone(&self.places).try_acquire_owned().map_err(full)?;
         let sandboxes = Arc::clone(self);
-        let task = tokio::spawn(async move { sandboxes.bring_up(request, asked, image, place).await });
-        task.await.map_err(|_| CreateError::Boot("the host is shutting down".to_owned()))?
+        let (answer, answered) = oneshot::channel();
+        tokio::spawn(async move {
+            let brought = sandboxes.bring_up(request, asked, image, place).await;
+            if let Err(Ok(sandbox)) = answer.send(brought) {
+                // Nobody knows its id: it would only take up room until its time is over.
+                sandbox.change(|lifetime| {
+                    let now = clock::now();
+                    lifetime.note(now, "the client that asked for it went before it was ready");
+                    lifetime.kill(now)
+                });
+            }
+        });
+        answered.await.map_err(|_| CreateError::Closing)?
     }
 
     async fn bring_up(
@@ -90,11 +108,12 @@ impl Sandboxes {
         let id = record.id.clone();
         let boot = match tokio::time::timeout(QUEUE_LIMIT, self.boots.acquire()).await {
             Ok(Ok(boot)) => boot,
-            Ok(Err(_closed)) => return Err(CreateError::Boot("the host is shutting down".to_owned())),
+            Ok(Err(_closed)) => return Err(CreateError::Closing),
             Err(_elapsed) => return Err(CreateError::Busy),
         };
         self.store.put(record.clone()).await?;
-        let brought = self.boot(&mut record, asked, &image, request.env_vars).await;
+        let left = CREATE_LIMIT.saturating_sub(begun.elapsed());
+        let brought = self.boot(&mut record, asked, &image, request.env_vars, left).await;
         drop(boot);
         match brought {
             Ok((machine, link, lifetime)) => {
@@ -121,6 +140,7 @@ impl Sandboxes {
         asked: Asked,
         image: &Image,
         env_vars: BTreeMap<String, String>,
+        left: Duration,
     ) -> Result<(Machine, Link, Lifetime), CreateError> {
         let setup = &self.setup;
         let machine = runtime::start(&*setup.runtime, &record.id, &setup.runs, image, setup.size)?;
@@ -132,7 +152,7 @@ impl Sandboxes {
             self.store.put(record.clone()).await?;
             let control = HeaderValue::from_str(&record.control).map_err(std::io::Error::other)?;
             let link = Link::new(machine.placement.transport.clone(), control);
-            record.envd_version = self.reach(&machine, hello, &link, record, env_vars).await?;
+            record.envd_version = self.reach(&machine, hello, &link, record, env_vars, left).await?;
             let now = clock::now();
             let terms = asked.starting(now, &setup.limits);
             record.stage = Stage::Running;
@@ -163,8 +183,9 @@ impl Sandboxes {
         link: &Link,
         record: &Record,
         env_vars: BTreeMap<String, String>,
+        left: Duration,
     ) -> Result<String, CreateError> {
-        let limit = self.setup.runtime.boot_limit();
+        let limit = self.setup.runtime.boot_limit().min(left);
         let reached = async {
             if let Some(hello) = hello {
                 hello.heard().await?;
@@ -249,6 +270,6 @@ impl Sandboxes {
             }
             record.end = lifetime.terms().end.as_nanos();
         }
-        self.store.put(record).await
+        self.store.update(record).await
     }
 }

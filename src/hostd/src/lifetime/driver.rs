@@ -13,6 +13,19 @@ use super::{Sandbox, Sandboxes, explain};
 use crate::clock;
 use crate::store::Tombstone;
 
+/// How long the end of a sandbox waits for the disk.
+const BURIAL_LIMIT: Duration = Duration::from_millis(500);
+
+/// The longest sleep: a machine that was suspended wakes with deadlines in the past, and timers do not count its sleep.
+const LONGEST_SLEEP: Duration = Duration::from_secs(10);
+
+/// The pause after each report: "at most two a second" is the agent's manners, and the guest is not trusted to have them.
+const REPORT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How many holds of a report are kept, and how much of each text (contract: activity.proto).
+const HOLDS_LIMIT: usize = 64;
+const TEXT_LIMIT: usize = 300;
+
 /// How long the agent gets to tell waiting callers that it is over, before its machine is ended.
 const GOODBYE: Duration = Duration::from_millis(100);
 
@@ -52,7 +65,12 @@ async fn live(sandboxes: &Sandboxes, sandbox: &Arc<Sandbox>) -> (EndReason, Opti
         tokio::select! {
             biased;
             () = sandbox.machine.exited() => {
-                sandbox.lifetime().end(EndReason::Crashed, clock::now());
+                let mut lifetime = sandbox.lifetime();
+                let now = clock::now();
+                // It may be the hard end that the guard kept and this task was late for.
+                if !matches!(lifetime.step(now), Step::End(_)) {
+                    lifetime.end(EndReason::Crashed, now);
+                }
             }
             (epoch, answer) = answered(&mut asked) => {
                 asked = None;
@@ -61,7 +79,7 @@ async fn live(sandboxes: &Sandboxes, sandbox: &Arc<Sandbox>) -> (EndReason, Opti
                 }
             }
             () = sandbox.changed.notified() => {}
-            () = tokio::time::sleep_until(clock::instant(until)) => {}
+            () = tokio::time::sleep(until.since(clock::now()).min(LONGEST_SLEEP)) => {}
         }
     }
 }
@@ -119,7 +137,15 @@ fn brief(report: &wire::Report) -> GuestReport {
 }
 
 /// Keeps a report for the explain view, and its news for the history.
-fn keep(sandbox: &Sandbox, report: wire::Report) {
+fn keep(sandbox: &Sandbox, mut report: wire::Report) {
+    report.holds.truncate(HOLDS_LIMIT);
+    report.holds.shrink_to_fit();
+    let texts = report.holds.iter_mut().flat_map(|hold| [&mut hold.class, &mut hold.origin]);
+    for text in texts.chain([&mut report.last_class, &mut report.last_origin]) {
+        if text.len() > TEXT_LIMIT {
+            *text = text.chars().take(TEXT_LIMIT / 4).collect();
+        }
+    }
     let mut kept = sandbox.report.lock().unwrap_or_else(PoisonError::into_inner);
     let was_busy = kept.as_ref().is_some_and(|report| report.counting > 0);
     let news = match (was_busy, report.counting > 0) {
@@ -146,6 +172,7 @@ async fn watch(sandbox: Arc<Sandbox>) {
                         let brief = brief(&report);
                         keep(&sandbox, report);
                         sandbox.change(|lifetime| lifetime.report(brief, clock::now()));
+                        tokio::time::sleep(REPORT_PAUSE).await;
                     }
                     Ok(None) => break,
                     Err(error) => {
@@ -174,9 +201,14 @@ async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, releas
         detail = tombstone.detail,
         "sandbox ended"
     );
-    // On disk before anybody is told: a supervisor that dies now must not take over what was ended.
-    if let Err(error) = sandboxes.store.bury((*tombstone).clone()).await {
-        tracing::error!(sandbox = id, %error, "a tombstone is not on disk");
+    // On disk before anybody is told: a supervisor that dies now must not take over what was ended. A disk that does not answer must not
+    // keep the machine alive either.
+    match tokio::time::timeout(BURIAL_LIMIT, sandboxes.store.bury((*tombstone).clone())).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(sandbox = id, %error, "a tombstone is not on disk"),
+        Err(_elapsed) => {
+            tracing::error!(sandbox = id, "a tombstone is not on disk yet: the disk does not answer")
+        }
     }
     sandbox.buried.send_replace(true);
     if let Some(epoch) = released {
@@ -186,6 +218,10 @@ async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, releas
     }
     sandbox.over.send_replace(true);
     sandbox.machine.stop().await;
+    // Only now: until its machine is gone, a restarted supervisor has to know of it.
+    if let Err(error) = sandboxes.store.forget(id.clone()).await {
+        tracing::error!(sandbox = id, %error, "the record of an ended sandbox stays");
+    }
     sandboxes.leave(id);
 }
 

@@ -184,7 +184,8 @@ pub fn describe(explanation: &Explanation) -> String {
         lines.push("  history".to_owned());
         lines.extend(explanation.transitions.iter().map(|line| format!("    {}  {}", line.at, line.what)));
     }
-    lines.join("\n")
+    // Some of it was chosen by a guest: it must not speak to the operator's terminal.
+    lines.iter().map(|line| line.replace(char::is_control, "?")).collect::<Vec<_>>().join("\n")
 }
 
 fn push_holds(lines: &mut Vec<String>, title: &str, holds: &[HoldView]) {

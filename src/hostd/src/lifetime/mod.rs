@@ -10,6 +10,7 @@ mod driver;
 pub mod explain;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -104,6 +105,11 @@ pub struct HostHold {
 }
 
 impl HostHold {
+    /// The caller may call: from now on the request is use.
+    pub fn confirm(&self) {
+        self.sandbox.change(|lifetime| lifetime.confirm(self.id, clock::now()));
+    }
+
     /// Bytes passed on an upgraded connection.
     pub fn progress(&self, bytes: u64) {
         self.sandbox.lifetime().progress(self.id, bytes, clock::now());
@@ -158,8 +164,10 @@ pub struct Sandboxes {
     table: RwLock<Table>,
     /// Boots under way: more at once than processors only make each slower.
     boots: Semaphore,
-    /// Creates that were answered with a place.
+    /// A place for each sandbox, from its create to its end.
     places: Arc<Semaphore>,
+    /// The supervisor is on its way out: nothing new begins.
+    closing: AtomicBool,
 }
 
 impl Sandboxes {
@@ -167,6 +175,7 @@ impl Sandboxes {
         let boots = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
         Arc::new(Self {
             places: Arc::new(Semaphore::new(setup.max_sandboxes)),
+            closing: AtomicBool::new(false),
             boots: Semaphore::new(boots),
             table: RwLock::default(),
             setup,
@@ -234,13 +243,17 @@ impl Sandboxes {
         killed
     }
 
-    /// Ends all and waits until their machines are gone.
+    /// Refuses new ones, ends all, those that are just coming up included, and waits until their machines are gone.
     pub async fn end_all(&self, reason: EndReason) {
-        let live: Vec<_> = self.read().live.values().cloned().collect();
-        for sandbox in &live {
-            sandbox.change(|lifetime| lifetime.end(reason, clock::now()));
-        }
-        while !self.read().live.is_empty() {
+        self.closing.store(true, Ordering::SeqCst);
+        loop {
+            let live: Vec<_> = self.read().live.values().cloned().collect();
+            for sandbox in &live {
+                sandbox.change(|lifetime| lifetime.end(reason, clock::now()));
+            }
+            if live.is_empty() && self.places.available_permits() >= self.setup.max_sandboxes {
+                return;
+            }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -98,7 +98,7 @@ impl Link {
         let config = ClientConfig::new(Uri::from_static("http://guest"))
             .proto()
             .with_default_header(CONTROL_HEADER, self.control_header())
-            .with_default_max_message_size(ANSWER_LIMIT * 4);
+            .with_default_max_message_size(ANSWER_LIMIT);
         ActivityClient::new(ServiceTransport::new(Through(self.clone())), config)
     }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,9 +36,19 @@ impl Socket {
         Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name)
     }
 
+    /// The folder may be the guest's to write: what is there now need not be the socket that was made, and must not lead to another.
     async fn connect(&self) -> io::Result<UnixStream> {
         let folder = self.open_folder()?;
-        UnixStream::connect(Self::path_in(&folder, &self.name)).await
+        let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let socket =
+            OpenOptions::new().read(true).custom_flags(flags).open(Self::path_in(&folder, &self.name))?;
+        if !socket.metadata()?.file_type().is_socket() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{} is no socket any more", self.name),
+            ));
+        }
+        UnixStream::connect(Path::new("/proc/self/fd").join(socket.as_raw_fd().to_string())).await
     }
 }
 
@@ -165,6 +175,19 @@ mod tests {
         let error = Transport::HybridVsock(socket).dial().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         drop(accepted.await);
+    }
+
+    #[tokio::test]
+    async fn a_link_that_a_guest_put_in_its_sockets_place_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let elsewhere = folder.path().join("host.sock");
+        let _listener = tokio::net::UnixListener::bind(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, folder.path().join("agent.sock")).unwrap();
+        std::fs::write(folder.path().join("file.sock"), "").unwrap();
+        for name in ["agent.sock", "file.sock"] {
+            let socket = Socket { folder: folder.path().to_owned(), name: name.to_owned() };
+            assert!(Transport::Unix(socket).dial().await.is_err(), "{name}");
+        }
     }
 
     #[tokio::test]

@@ -36,12 +36,30 @@ pub(super) struct ProxiedBody {
     body: Body,
     hold: Option<Arc<HostHold>>,
     over: BoxFuture<'static, ()>,
+    /// The rest of a request is read when nobody wants it any more: an answer that came early would be lost with the connection.
+    drain: bool,
 }
 
 impl ProxiedBody {
-    pub(super) fn wrap(body: Body, sandbox: &Arc<Sandbox>, hold: Option<Arc<HostHold>>) -> Body {
+    pub(super) fn request(body: Body, sandbox: &Arc<Sandbox>, hold: Option<Arc<HostHold>>) -> Body {
+        Self::wrap(body, sandbox, hold, true)
+    }
+
+    pub(super) fn response(body: Body, sandbox: &Arc<Sandbox>, hold: Option<Arc<HostHold>>) -> Body {
+        Self::wrap(body, sandbox, hold, false)
+    }
+
+    fn wrap(body: Body, sandbox: &Arc<Sandbox>, hold: Option<Arc<HostHold>>, drain: bool) -> Body {
         let sandbox = Arc::clone(sandbox);
-        Body::new(Self { body, hold, over: Box::pin(async move { sandbox.over().await }) })
+        Body::new(Self { body, hold, over: Box::pin(async move { sandbox.over().await }), drain })
+    }
+}
+
+impl Drop for ProxiedBody {
+    fn drop(&mut self) {
+        if self.drain && !self.body.is_end_stream() {
+            tokio::spawn(drain(std::mem::take(&mut self.body)));
+        }
     }
 }
 
@@ -61,7 +79,10 @@ impl HttpBody for ProxiedBody {
                         hold.progress(data.len() as u64);
                     }
                 }
-                Some(Err(_)) | None => self.hold = None,
+                Some(Err(_)) | None => {
+                    self.hold = None;
+                    self.drain = false;
+                }
             }
             return Poll::Ready(frame);
         }

@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{self, HeaderMap, HeaderName};
 use axum::http::uri::{Authority, Scheme, Uri};
-use axum::http::{HeaderValue, Version};
+use axum::http::{HeaderValue, StatusCode, Version};
 use axum::response::Response;
 use guestd_protocol::routes::Usage;
 use guestd_protocol::{CONTROL_HEADER, ENVD_PORT};
@@ -49,8 +49,13 @@ pub(super) async fn to_agent(admitted: Admitted, request: Request) -> Response {
     match answered {
         Ok(response) => {
             // From here on the agent's own hold tells whether a process or a watch is in use; a stream that is merely open is not.
+            if response.status() != StatusCode::UNAUTHORIZED
+                && let Some(hold) = &hold
+            {
+                hold.confirm();
+            }
             let hold = hold.filter(|_| !matches!(usage, Usage::Process | Usage::Watch));
-            let mut response = response.map(|body| ProxiedBody::wrap(Body::new(body), sandbox, hold));
+            let mut response = response.map(|body| ProxiedBody::response(Body::new(body), sandbox, hold));
             *response.version_mut() = Version::HTTP_11;
             strip(response.headers_mut());
             response
@@ -87,7 +92,7 @@ fn prepare(
     strip(&mut parts.headers);
     parts.headers.remove(header::HOST);
     parts.extensions = axum::http::Extensions::new();
-    Ok(Request::from_parts(parts, ProxiedBody::wrap(body, sandbox, hold)))
+    Ok(Request::from_parts(parts, ProxiedBody::request(body, sandbox, hold)))
 }
 
 /// Removes what concerns one connection only, and what a client must not say.

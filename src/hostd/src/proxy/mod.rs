@@ -17,7 +17,8 @@ use axum::http::Method;
 use axum::response::Response;
 use guestd_idle::HoldClass;
 use guestd_protocol::routes::{self, Usage};
-use guestd_protocol::{CODE_PORT, ENVD_PORT};
+use guestd_protocol::{ACCESS_TOKEN_HEADER, CODE_PORT, ENVD_PORT};
+use subtle::ConstantTimeEq;
 
 use crate::lifetime::{Found, HostHold, Sandbox, Sandboxes};
 use route::Target;
@@ -69,6 +70,8 @@ fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<
         return Err(Box::new(answers::host_only(path)));
     }
     let usage = match port {
+        // A browser's preflight is nobody's call.
+        ENVD_PORT if request.method() == Method::OPTIONS => Usage::Never,
         ENVD_PORT => routes::find(path).map_or(Usage::Never, |route| route.usage),
         _ => Usage::Call,
     };
@@ -85,7 +88,13 @@ fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<
     } else {
         let at = if port == ENVD_PORT { String::new() } else { format!(":{port}") };
         let origin = shortened(&format!("{} {at}{path}", request.method()));
-        Some(sandbox.admit(class, &origin).map_err(|reason| gone(Some(reason)))?)
+        let hold = sandbox.admit(class, &origin).map_err(|reason| gone(Some(reason)))?;
+        // Who has the token is use at once. Others (a signed URL, a stranger) are when the agent has let them in; it, not this, is the check.
+        let token = request.headers().get(ACCESS_TOKEN_HEADER).map(|token| token.as_bytes());
+        if token.is_some_and(|token| bool::from(token.ct_eq(sandbox.record.access_token.as_bytes()))) {
+            hold.confirm();
+        }
+        Some(hold)
     };
     Ok(Admitted { sandbox, port, usage, hold, browser })
 }

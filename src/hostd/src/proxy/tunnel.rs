@@ -48,6 +48,10 @@ async fn exchange(
     port: u16,
     mut request: Request,
 ) -> Result<Response, LinkError> {
+    // A port of the guest is open to whoever can name it: the request is use as it is.
+    if let Some(hold) = &hold {
+        hold.confirm();
+    }
     let stream = sandbox.link.tunnel(port).await?;
     let (mut sender, connection) = http1::handshake::<_, Body>(TokioIo::new(stream)).await?;
     tokio::spawn(async move {
@@ -73,7 +77,7 @@ async fn exchange(
     if !wants_upgrade {
         parts.headers.remove(header::CONNECTION);
     }
-    let request = Request::from_parts(parts, ProxiedBody::wrap(body, sandbox, hold.clone()));
+    let request = Request::from_parts(parts, ProxiedBody::request(body, sandbox, hold.clone()));
     let mut response = sender.send_request(request).await?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS
         && let Some(client) = client
@@ -82,7 +86,7 @@ async fn exchange(
         tokio::spawn(carry(Arc::clone(sandbox), hold, client, server));
         return Ok(response.map(|_| Body::empty()));
     }
-    Ok(response.map(|body| ProxiedBody::wrap(Body::new(body), sandbox, hold)))
+    Ok(response.map(|body| ProxiedBody::response(Body::new(body), sandbox, hold)))
 }
 
 fn is_upgrade(headers: &HeaderMap) -> bool {

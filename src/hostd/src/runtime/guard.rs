@@ -7,6 +7,7 @@
 //! hostd writes one line to its standard input once the sandbox is ready: the hard end, in nanoseconds since boot. If the pipe closes
 //! before that line, nobody will ever know of this sandbox, and it ends at once.
 
+use std::ffi::{CStr, CString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,9 +21,8 @@ use anyhow::{Context, Result, bail};
 use guestd_idle::Moment;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::{Input, Overlay, Plan, RunAs};
@@ -40,6 +40,12 @@ pub mod number {
     pub const INITRD: i32 = 21;
     pub const ROOT: i32 = 22;
 }
+
+/// The search path of guards and of what they start.
+pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The longest wait: a machine that was suspended wakes with the deadline in the past, and poll(2) does not count its sleep.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a sandbox may be without a deadline from hostd.
 const UNKNOWN_LIMIT: Duration = Duration::from_secs(120);
@@ -99,28 +105,35 @@ impl Guard {
         if let Some(overlay) = &plan.overlay {
             self.mounted = Some(mount_overlay(overlay)?);
         }
-        if let Some(helper) = &plan.helper {
-            let log = File::create("helper.log").context("helper.log")?;
-            let child = spawn(&helper.command, plan, &inputs, log.try_clone()?.into(), log.into())?;
-            self.children.push(child);
-            self.await_helper(&helper.command, &helper.socket)?;
-        }
+        // One pipe for all of them, because what is read from it is bounded.
         let (console, writer) = io::pipe().context("the console's pipe")?;
+        if let Some(helper) = &plan.helper {
+            let child = spawn(
+                &helper.command,
+                plan,
+                &inputs,
+                writer.try_clone()?.into(),
+                writer.try_clone()?.into(),
+            )?;
+            self.children.push(child);
+            let folder = plan.folder.as_deref().unwrap_or(".");
+            self.await_helper(&helper.command, &Path::new(folder).join(&helper.socket))?;
+        }
         let main = spawn(&plan.main, plan, &inputs, writer.try_clone()?.into(), writer.into())?;
         self.children.push(main);
         drop(inputs);
         self.watch(&signals, Console::new(console)?)
     }
 
-    fn await_helper(&mut self, command: &[String], socket: &str) -> Result<()> {
+    fn await_helper(&mut self, command: &[String], socket: &Path) -> Result<()> {
         let give_up = Instant::now() + HELPER_LIMIT;
-        while !Path::new(socket).exists() {
+        while !socket.exists() {
             if let Some(status) = self.children.last_mut().and_then(|helper| helper.try_wait().ok().flatten())
             {
-                bail!("{} ended at once ({status}); see helper.log", command[0]);
+                bail!("{} ended at once ({status})", command[0]);
             }
             if Instant::now() > give_up {
-                bail!("{} made no socket within {HELPER_LIMIT:?}; see helper.log", command[0]);
+                bail!("{} made no socket within {HELPER_LIMIT:?}", command[0]);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -148,8 +161,7 @@ impl Guard {
             if hostd_open {
                 polled.push(PollFd::new(hostd.as_fd(), PollFlags::POLLIN));
             }
-            // An hour is under the timer's range; a longer wait comes round again.
-            let millis = u16::try_from(wait.as_millis() + 1).unwrap_or(u16::MAX);
+            let millis = u16::try_from(wait.min(LONGEST_WAIT).as_millis() + 1).unwrap_or(u16::MAX);
             match poll(&mut polled, PollTimeout::from(millis)) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error).context("poll"),
@@ -305,12 +317,15 @@ fn spawn(
     let program = find_program(name)?;
     let mut builder = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
     builder.arg0(name).args(&command[1..]).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+    let guard = i32::try_from(std::process::id()).context("a pid")?;
     let descriptors: Vec<(i32, i32)> =
         inputs.iter().map(|(file, number)| (file.as_raw_fd(), *number)).collect();
     let run_as = plan.run_as.clone();
+    let folder = plan.folder.clone().map(CString::new).transpose().context("the plan's folder")?;
+    builder.env_clear().env("PATH", PATH);
     // SAFETY: the hook makes system calls only; `descriptors` and `run_as` are not changed after the fork.
     unsafe {
-        builder.pre_exec(move || become_child(&descriptors, run_as.as_ref()));
+        builder.pre_exec(move || become_child(guard, &descriptors, folder.as_deref(), run_as.as_ref()));
     }
     let child = builder.spawn().with_context(|| format!("cannot start {name}"))?;
     drop(program);
@@ -322,8 +337,7 @@ fn find_program(name: &str) -> Result<OwnedFd> {
     let candidates: Vec<PathBuf> = if name.contains('/') {
         vec![PathBuf::from(name)]
     } else {
-        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
-        std::env::split_paths(&path).map(|folder| folder.join(name)).collect()
+        std::env::split_paths(PATH).map(|folder| folder.join(name)).collect()
     };
     for candidate in candidates {
         if let Ok(file) =
@@ -336,7 +350,12 @@ fn find_program(name: &str) -> Result<OwnedFd> {
 }
 
 /// Between fork and exec.
-fn become_child(descriptors: &[(i32, i32)], run_as: Option<&RunAs>) -> io::Result<()> {
+fn become_child(
+    guard: i32,
+    descriptors: &[(i32, i32)],
+    folder: Option<&CStr>,
+    run_as: Option<&RunAs>,
+) -> io::Result<()> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // SAFETY: system calls on values that live through them.
     unsafe {
@@ -347,6 +366,9 @@ fn become_child(descriptors: &[(i32, i32)], run_as: Option<&RunAs>) -> io::Resul
             // dup2 leaves the copy open across exec, which is what it is for.
             check(libc::dup2(*from, *to))?;
         }
+        if let Some(folder) = folder {
+            check(libc::chdir(folder.as_ptr()))?;
+        }
         if let Some(run_as) = run_as {
             check(libc::setgroups(run_as.groups.len(), run_as.groups.as_ptr()))?;
             check(libc::setgid(run_as.gid))?;
@@ -354,6 +376,10 @@ fn become_child(descriptors: &[(i32, i32)], run_as: Option<&RunAs>) -> io::Resul
         }
         // After the change of user, which clears it.
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        // A guard that died before that line will never send the signal.
+        if libc::getppid() != guard {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
         if run_as.is_some() {
             check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         }
@@ -425,11 +451,6 @@ pub fn start_ticks_of(pid: i32) -> Option<u64> {
         return None;
     }
     fields.nth(18)?.parse().ok()
-}
-
-/// Asks a guard to end its sandbox; a guard that is gone already is no error.
-pub fn ask_to_end(pid: i32) {
-    let _gone = kill(Pid::from_raw(pid), Signal::SIGTERM);
 }
 
 #[cfg(test)]

@@ -44,11 +44,15 @@ pub fn find(qemu: &Path, image: &Image, data: &Path) -> Finding {
     if let Some(known) = known.filter(|known| known.boot_id == boot_id && known.kernel == key) {
         return known;
     }
-    let (usable, why) = match cheap_refusal() {
-        Some(why) => (false, why),
-        None => probe(qemu, image),
+    let (probed, (usable, why)) = match cheap_refusal() {
+        Some(why) => (false, (false, why)),
+        None => (true, probe(qemu, image)),
     };
     let finding = Finding { boot_id, kernel: key, usable, why };
+    if !probed {
+        // What was found out at no cost is found out again: the operator may have repaired it.
+        return finding;
+    }
     if let Err(error) = fs::write(&cache, serde_json::to_vec(&finding).unwrap_or_default()) {
         tracing::warn!(%error, "the KVM probe's answer cannot be kept");
     }
@@ -103,7 +107,13 @@ fn probe(qemu: &Path, image: &Image) -> (bool, String) {
     if alive {
         (true, "a kernel booted under KVM".to_owned())
     } else {
-        (false, format!("a kernel did not boot under KVM within {} s", PROBE_LIMIT.as_secs()))
+        let limit = PROBE_LIMIT.as_secs();
+        (
+            false,
+            format!(
+                "a kernel did not boot under KVM within {limit} s (remembered in {CACHE} of the data folder until a reboot)"
+            ),
+        )
     }
 }
 

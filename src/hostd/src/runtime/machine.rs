@@ -86,6 +86,8 @@ fn spawn_guard(folder: &Path, stdin: io::PipeReader) -> io::Result<GuardId> {
     let log = fs::File::create(folder.join("guard.log"))?;
     // The running program, even when its file has been replaced by a newer one.
     let mut command = Command::new("/proc/self/exe");
+    // Not hostd's environment: there are API keys in it.
+    command.env_clear().env("PATH", guard::PATH);
     command.arg("guard").current_dir(folder).stdin(stdin).stdout(log.try_clone()?).stderr(log);
     // SAFETY: setsid is async-signal-safe.
     unsafe {
@@ -107,14 +109,18 @@ fn spawn_guard(folder: &Path, stdin: io::PipeReader) -> io::Result<GuardId> {
 
 impl Machine {
     /// Takes hold of a sandbox that an earlier hostd started; None when its guard is gone.
-    pub fn adopt(placement: Placement) -> Option<Self> {
-        let pidfd = open_pidfd(placement.guard.pid).ok()?;
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    pub fn adopt(placement: Placement) -> io::Result<Option<Self>> {
+        let pidfd = match open_pidfd(placement.guard.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(error) => return Err(error),
+        };
         // In this order: the descriptor pins the number, then the start time says whose it is.
-        guard::is_alive(placement.guard.pid, placement.guard.start_ticks).then(|| Self {
-            placement,
-            pidfd,
-            pipe: Mutex::new(None),
-        })
+        let alive = guard::is_alive(placement.guard.pid, placement.guard.start_ticks);
+        Ok(alive.then(|| Self { placement, pidfd, pipe: Mutex::new(None) }))
     }
 
     /// Tells the guard the hard end. From now on the sandbox survives hostd.
@@ -137,14 +143,13 @@ impl Machine {
 
     /// Ends the sandbox and removes its run folder.
     pub async fn stop(&self) {
-        guard::ask_to_end(self.placement.guard.pid);
+        self.signal(libc::SIGTERM);
         if tokio::time::timeout(STOP_LIMIT, self.exited()).await.is_err() {
             tracing::error!(
                 guard = self.placement.guard.pid,
                 "a guard did not end; killing it, which kills its machine"
             );
-            let pid = nix::unistd::Pid::from_raw(self.placement.guard.pid);
-            let _gone = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            self.signal(libc::SIGKILL);
             let _late = tokio::time::timeout(STOP_LIMIT, self.exited()).await;
         }
         let folder = self.placement.folder.clone();
@@ -159,12 +164,27 @@ impl Machine {
         }
     }
 
+    /// Through the descriptor: the number may be another's by now.
+    fn signal(&self, signal: i32) {
+        use std::os::fd::AsRawFd;
+        let fd = self.pidfd.get_ref().as_raw_fd();
+        // SAFETY: pidfd_send_signal on a descriptor that is open; a process that is gone is an error that nobody needs.
+        unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<libc::siginfo_t>(), 0);
+        }
+    }
+
     /// What the guard says of the end, and the console's last words.
     pub fn last_words(&self) -> String {
         let folder = &self.placement.folder;
         let end =
             fs::read(folder.join(END_FILE)).ok().and_then(|text| serde_json::from_slice::<End>(&text).ok());
-        let end = end.map_or_else(|| "its guard ended without a word".to_owned(), |end| end.what);
+        let alive = guard::is_alive(self.placement.guard.pid, self.placement.guard.start_ticks);
+        let end = match end {
+            Some(end) => end.what,
+            None if alive => "its machine still ran".to_owned(),
+            None => "its guard was killed".to_owned(),
+        };
         match tail(&folder.join(CONSOLE_FILE)) {
             Some(console) if !console.trim().is_empty() => {
                 format!("{end}; its console said: {}", console.trim())
@@ -211,8 +231,11 @@ pub(super) fn free_uid(folder: &Path, first: u32) -> Result<u32, StartError> {
     let at = |source| StartError::Folder { path: folder.to_owned(), source };
     let runs = folder.parent().unwrap_or(folder);
     let entries = fs::read_dir(runs).map_err(at)?;
-    let owner =
-        |entry: fs::DirEntry| entry.metadata().ok().map(|found| std::os::unix::fs::MetadataExt::uid(&found));
+    let owner = |entry: fs::DirEntry| {
+        fs::metadata(entry.path().join(super::qemu::VM_FOLDER))
+            .ok()
+            .map(|found| std::os::unix::fs::MetadataExt::uid(&found))
+    };
     let taken: Vec<u32> = entries.flatten().filter_map(owner).collect();
     // Round and round, so that a number comes back as late as possible.
     let free = (0..USERS)

@@ -41,6 +41,9 @@ pub struct Placement {
 pub struct Plan {
     /// Whom to run the programs as; the guard's own user when absent.
     pub run_as: Option<RunAs>,
+    /// The programs' working directory, in the run folder; the run folder itself when absent. It is the only place that `run_as` may write to:
+    /// what hostd and the guard read and write as themselves stays outside.
+    pub folder: Option<String>,
     /// A writable view of a read-only tree, mounted before the start and unmounted at the end.
     pub overlay: Option<Overlay>,
     /// Files that the programs read through `/proc/self/fd/<n>`, opened before the user changes: their folders may be closed to it.

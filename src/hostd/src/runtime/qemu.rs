@@ -1,5 +1,6 @@
 //! MicroVMs with QEMU (contract: microvm.md sections 2 to 4 have the measurements behind each option).
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,10 @@ use super::guard::number;
 use super::{Helper, Image, Input, Plan, RunAs, Runtime, Size, StartError};
 use crate::link::{Socket, Transport};
 
-/// The sockets in a run folder.
+/// In the run folder: the VM's own folder, its programs' working directory.
+pub(super) const VM_FOLDER: &str = "vm";
+
+/// The sockets in it.
 const VSOCK_SOCKET: &str = "vsock.sock";
 const VHOST_SOCKET: &str = "vhost.sock";
 const SERIAL_SOCKET: &str = "serial.sock";
@@ -69,6 +73,7 @@ impl Runtime for Qemu {
         };
         Ok(Plan {
             run_as: self.run_as(folder)?,
+            folder: Some(VM_FOLDER.to_owned()),
             inputs: inputs.to_vec(),
             helper,
             main: self.command(id, image, size),
@@ -77,7 +82,7 @@ impl Runtime for Qemu {
     }
 
     fn transport(&self, folder: &Path) -> Transport {
-        let socket = |name: &str| Socket { folder: folder.to_owned(), name: name.to_owned() };
+        let socket = |name: &str| Socket { folder: folder.join(VM_FOLDER), name: name.to_owned() };
         match self.link {
             LinkDevice::Vsock => Transport::HybridVsock(socket(VSOCK_SOCKET)),
             LinkDevice::Serial => Transport::Serial(socket(SERIAL_SOCKET)),
@@ -142,6 +147,9 @@ impl Qemu {
 
     /// A user for this VM alone, so that a VMM that a guest has taken over reaches nothing of its neighbours. Needs root.
     fn run_as(&self, folder: &Path) -> Result<Option<RunAs>, StartError> {
+        let own = folder.join(VM_FOLDER);
+        let at = |source| StartError::Folder { path: own.clone(), source };
+        std::fs::DirBuilder::new().mode(0o700).create(&own).map_err(at)?;
         let Some(first) = self.first_uid else { return Ok(None) };
         let uid = super::machine::free_uid(folder, first)?;
         let kvm_group = match self.accelerator {
@@ -150,8 +158,7 @@ impl Qemu {
             }
             Accelerator::Tcg => None,
         };
-        std::os::unix::fs::chown(folder, Some(uid), Some(uid))
-            .map_err(|source| StartError::Folder { path: folder.to_owned(), source })?;
+        std::os::unix::fs::chown(&own, Some(uid), Some(uid)).map_err(at)?;
         Ok(Some(RunAs { uid, gid: uid, groups: kvm_group.into_iter().collect() }))
     }
 }

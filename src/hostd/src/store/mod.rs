@@ -1,7 +1,7 @@
 //! The records on disk: one file, an embedded database. What is answered to a client is in it first (DESIGN.md section 4, rule 9).
 //!
-//! Values are JSON with a version, so that a newer hostd reads what an older one wrote; unknown fields are kept out of its way by being
-//! ignored, and a record of a newer version is refused rather than misread.
+//! Values are JSON. Fields that a reader does not know are ignored, so that an older hostd reads what a newer one wrote; a field that is added
+//! has to have a default, so that a newer one reads what an older one wrote.
 
 mod record;
 
@@ -71,7 +71,22 @@ impl Store {
         .await
     }
 
-    /// Forgets a sandbox that never ran.
+    /// Writes a record again, unless it was forgotten meanwhile.
+    ///
+    /// # Errors
+    /// What the database said.
+    pub async fn update(&self, record: Record) -> Result<(), StoreError> {
+        self.write(move |write| {
+            let mut table = write.open_table(SANDBOXES)?;
+            if table.get(record.id.as_str())?.is_some() {
+                table.insert(record.id.as_str(), encode(&record).as_slice())?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets a sandbox whose machine is gone.
     ///
     /// # Errors
     /// What the database said.
@@ -83,13 +98,12 @@ impl Store {
         .await
     }
 
-    /// Replaces a sandbox's record by its tombstone.
+    /// Writes a sandbox's tombstone. Its record stays until [`Store::forget`]: it says which machine has to be gone first.
     ///
     /// # Errors
     /// What the database said.
     pub async fn bury(&self, tombstone: Tombstone) -> Result<(), StoreError> {
         self.write(move |write| {
-            write.open_table(SANDBOXES)?.remove(tombstone.id.as_str())?;
             write.open_table(TOMBSTONES)?.insert(tombstone.id.as_str(), encode(&tombstone).as_slice())?;
             Ok(())
         })
@@ -117,28 +131,36 @@ impl Store {
     /// # Errors
     /// What the database said, or the record that cannot be read.
     pub fn records(&self) -> Result<Vec<Record>, StoreError> {
-        self.read_all(SANDBOXES)
+        self.rows(SANDBOXES)?.into_iter().collect()
     }
 
-    /// All tombstones.
+    /// All tombstones that can be read. One that cannot (another version wrote it) is left to expire: history must not keep a supervisor
+    /// from starting.
     ///
     /// # Errors
-    /// What the database said, or the tombstone that cannot be read.
+    /// What the database said.
     pub fn tombstones(&self) -> Result<Vec<Tombstone>, StoreError> {
-        self.read_all(TOMBSTONES)
+        let mut readable = Vec::new();
+        for row in self.rows(TOMBSTONES)? {
+            match row {
+                Ok(tombstone) => readable.push(tombstone),
+                Err(error) => tracing::warn!(%error, "a tombstone is skipped"),
+            }
+        }
+        Ok(readable)
     }
 
-    fn read_all<T: DeserializeOwned>(
+    fn rows<T: DeserializeOwned>(
         &self,
         table: TableDefinition<'static, &str, &[u8]>,
-    ) -> Result<Vec<T>, StoreError> {
+    ) -> Result<Vec<Result<T, StoreError>>, StoreError> {
         let read = self.database.begin_read().map_err(redb::Error::from)?;
         let table = read.open_table(table).map_err(redb::Error::from)?;
         let mut all = Vec::new();
         for row in table.iter().map_err(redb::Error::from)? {
             let (key, value) = row.map_err(redb::Error::from)?;
             let parsed = serde_json::from_slice(value.value())
-                .map_err(|source| StoreError::Record { key: key.value().to_owned(), source })?;
+                .map_err(|source| StoreError::Record { key: key.value().to_owned(), source });
             all.push(parsed);
         }
         Ok(all)
@@ -183,6 +205,9 @@ mod tests {
         store.put(Record::example("i1")).await.unwrap();
         assert_eq!(store.records().unwrap().len(), 1);
         store.bury(Tombstone::example("i1", 1_000)).await.unwrap();
+        assert_eq!(store.records().unwrap().len(), 1, "its machine may still have to be ended");
+        store.forget("i1".to_owned()).await.unwrap();
+        store.update(Record::example("i1")).await.unwrap();
         assert!(store.records().unwrap().is_empty());
         store.expire(1_000).await.unwrap();
         assert_eq!(store.tombstones().unwrap().len(), 1);
