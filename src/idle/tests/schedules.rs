@@ -74,6 +74,8 @@ struct World {
     fence: Admission,
     /// Calls that wait at the fence.
     waiting: Vec<usize>,
+    /// When they look again.
+    fence_timer: Option<u64>,
     host_holds: HashMap<usize, HoldId>,
     guest_holds: HashMap<usize, HoldId>,
     last_use: u64,
@@ -125,7 +127,11 @@ impl World {
             Entry::Wait(until) => {
                 self.waiting.push(call);
                 let delay = until.since(at(self.now)).as_millis() as u64;
-                self.push(delay, Event::FenceTimer);
+                // One timer for all that wait: with one each, every round would multiply them.
+                if self.fence_timer != Some(self.now + delay) {
+                    self.fence_timer = Some(self.now + delay);
+                    self.push(delay, Event::FenceTimer);
+                }
             }
             Entry::Gone => assert!(!through_host, "a call that the host let through found the guest gone"),
         }
@@ -143,6 +149,7 @@ fn run(schedule: &Schedule) -> Outcome {
         ledger: Ledger::new(Policy::default(), at(0)),
         fence: Admission::default(),
         waiting: Vec::new(),
+        fence_timer: None,
         host_holds: HashMap::new(),
         guest_holds: HashMap::new(),
         last_use: 0,
@@ -217,6 +224,7 @@ fn run(schedule: &Schedule) -> Outcome {
                 world.push(0, Event::FenceTimer);
             }
             Event::FenceTimer => {
+                world.fence_timer = None;
                 for index in std::mem::take(&mut world.waiting) {
                     let call = &schedule.calls[index];
                     world.at_guest(index, call.lasts, call.through_host);
@@ -263,7 +271,7 @@ fn network(slowest: u64, lossy: bool) -> impl Strategy<Value = Vec<(u64, bool)>>
 
 /// How many schedules each property sees; `PROPTEST_CASES` changes it.
 fn cases() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(10_000);
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(34_000);
     ProptestConfig { cases, max_shrink_iters: 20_000, failure_persistence: None, ..ProptestConfig::default() }
 }
 
