@@ -85,7 +85,7 @@ mod tests {
         let cases: &[(&str, Option<&str>, &str)] = &[
             ("", None, "/home/user"),
             ("", Some("/work"), "/work"),
-            ("", Some("/work/"), "/work"),
+            ("", Some("/srv/"), "/srv"),
             ("", Some("project"), "/home/user/project"),
             ("", Some("~/project"), "/home/user/project"),
             ("", Some(""), "/home/user"),

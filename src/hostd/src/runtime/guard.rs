@@ -122,7 +122,7 @@ impl Guard {
         let main = spawn(&plan.main, plan, &inputs, writer.try_clone()?.into(), writer.into())?;
         self.children.push(main);
         drop(inputs);
-        self.watch(&signals, Console::new(console)?)
+        self.watch(&signals, Console::new_in(Path::new("."), console)?)
     }
 
     fn await_helper(&mut self, command: &[String], socket: &Path) -> Result<()> {
@@ -239,14 +239,15 @@ struct Console {
     pipe: Option<io::PipeReader>,
     log: File,
     left: usize,
+    full: bool,
 }
 
 impl Console {
-    fn new(pipe: io::PipeReader) -> Result<Self> {
+    fn new_in(folder: &Path, pipe: io::PipeReader) -> Result<Self> {
         let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
         nix::fcntl::fcntl(&pipe, flags).context("the console's pipe")?;
-        let log = File::create(CONSOLE_FILE).context(CONSOLE_FILE)?;
-        Ok(Self { pipe: Some(pipe), log, left: CONSOLE_LIMIT })
+        let log = File::create(folder.join(CONSOLE_FILE)).context(CONSOLE_FILE)?;
+        Ok(Self { pipe: Some(pipe), log, left: CONSOLE_LIMIT, full: false })
     }
 
     fn is_open(&self) -> bool {
@@ -268,7 +269,7 @@ impl Console {
                 self.left -= kept;
                 // A full disk must not end a sandbox: its console is the smaller loss.
                 let _written = self.log.write_all(&buffer[..kept]);
-                if kept < count && self.left == 0 && kept > 0 {
+                if kept < count && !std::mem::replace(&mut self.full, true) {
                     let _written =
                         self.log.write_all(b"\n[the console's limit is reached; the rest is dropped]\n");
                 }
@@ -463,6 +464,23 @@ mod tests {
         assert_eq!(parse_deadline(b"12\n"), Some(Moment::from_nanos(12)));
         assert_eq!(parse_deadline(b"12\n13\n"), Some(Moment::from_nanos(13)), "the newest counts");
         assert_eq!(parse_deadline(b"soon\n"), None);
+    }
+
+    #[test]
+    fn a_flood_on_the_console_fills_no_disk_and_is_said_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (reader, mut writer) = io::pipe().unwrap();
+        let mut console = Console::new_in(folder.path(), reader).unwrap();
+        for _ in 0..CONSOLE_LIMIT / 4096 + 20 {
+            writer.write_all(&[b'x'; 4096]).unwrap();
+            console.read();
+        }
+        drop(writer);
+        console.read();
+        assert!(!console.is_open());
+        let log = std::fs::read_to_string(folder.path().join(CONSOLE_FILE)).unwrap();
+        assert!(log.len() < CONSOLE_LIMIT + 200);
+        assert_eq!(log.matches("limit is reached").count(), 1);
     }
 
     #[test]
