@@ -13,7 +13,7 @@ use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
 
 use super::{Access, Refusal};
-use crate::identity::{Accounts, RequestUser, basic_user_name};
+use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_user_name};
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
@@ -55,9 +55,9 @@ pub async fn identify(State(accounts): State<Arc<Accounts>>, mut request: Reques
         .and_then(basic_user_name);
     let user = match named {
         None => None,
-        Some(name) => match accounts.user(&name) {
+        Some(name) => match basic_user(&name, &accounts) {
             Ok(user) => Some(user),
-            Err(_) => return unknown_user(&name),
+            Err(error) => return unauthenticated(&error),
         },
     };
     request.extensions_mut().insert(RequestUser(user));
@@ -112,9 +112,9 @@ pub fn unauthorized(message: &str) -> Response {
     (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
 }
 
-fn unknown_user(name: &str) -> Response {
-    let body =
-        serde_json::json!({ "code": "unauthenticated", "message": format!("invalid username: '{name}'") });
+/// The Connect form: the user is asked for on behalf of every route, and the SDKs' clients read this one.
+fn unauthenticated(error: &IdentityError) -> Response {
+    let body = serde_json::json!({ "code": "unauthenticated", "message": error.to_string() });
     (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
 }
 

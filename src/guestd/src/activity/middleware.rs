@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use guestd_idle::HoldClass;
-use guestd_protocol::errors::ErrorBody;
-use guestd_protocol::errors::NOT_FOUND_MESSAGE;
+use guestd_protocol::errors::{ErrorBody, NOT_FOUND_MESSAGE};
 use guestd_protocol::routes::{self, Usage};
 
 use super::Activity;
@@ -41,7 +39,5 @@ pub async fn hold(State(activity): State<Arc<Activity>>, request: Request, next:
 
 fn gone() -> Response {
     let body = ErrorBody { code: 502, message: NOT_FOUND_MESSAGE.to_owned() };
-    let json = serde_json::to_vec(&body).unwrap_or_default();
-    let headers = [(header::CONTENT_TYPE, "application/json")];
-    (StatusCode::BAD_GATEWAY, headers, Body::from(json)).into_response()
+    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
 }
