@@ -22,6 +22,8 @@ use crate::activity::{self, Activity};
 use crate::doors::{self, Doors};
 use crate::filesystem::{self, Filesystem};
 use crate::identity::Accounts;
+use crate::inhibit::{self, Inhibition};
+use crate::notice::{self, Notices};
 use crate::process::{ProcessService, Processes};
 use crate::settings::Settings;
 use crate::system::{self, System};
@@ -46,22 +48,28 @@ pub struct Config {
     pub own_kernel: bool,
     /// Ends the machine.
     pub power_off: fn(),
+    /// Where programs of the machine say that they are busy.
+    pub activity_socket: Option<PathBuf>,
 }
 
 /// The capabilities and the router in front of them.
-pub fn router(config: &Config) -> (Router, Arc<Access>) {
+pub fn router(config: &Config) -> (Router, Arc<Access>, Arc<Inhibition>) {
     let accounts = Arc::new(Accounts::new(Path::new("/")));
     let settings = Arc::new(Settings::new(config.own_machine));
     let access = Arc::new(Access::default());
     let activity = Activity::new(Policy::default());
+    let inhibition = Inhibition::new(Arc::clone(&activity));
+    let notices = Arc::new(Notices::new(Arc::clone(&activity), PathBuf::from(notice::HOOKS)));
     let processes = Processes::new(Arc::clone(&activity));
     let files = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings)));
-    let system = Arc::new(System::new(Arc::clone(&access), Arc::clone(&settings), config));
+    let system =
+        Arc::new(System::new(Arc::clone(&access), Arc::clone(&settings), Arc::clone(&inhibition), config));
 
     let rpc = connectrpc::Router::new();
     let rpc = Arc::new(ProcessService::new(processes, Arc::clone(&accounts), settings)).register(rpc);
     let rpc = Arc::clone(&files).register(rpc);
-    let rpc = Arc::new(ActivityService::new(Arc::clone(&activity))).register(rpc);
+    let service = ActivityService::new(Arc::clone(&activity), Arc::clone(&inhibition), notices);
+    let rpc = Arc::new(service).register(rpc);
     let limits =
         Limits::default().with_max_message_size(MESSAGE_LIMIT).with_max_request_body_size(MESSAGE_LIMIT);
 
@@ -73,7 +81,7 @@ pub fn router(config: &Config) -> (Router, Arc<Access>) {
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
         .layer(cors());
-    (router, access)
+    (router, access, inhibition)
 }
 
 /// For SDKs in browsers. The headers that were asked for are named one by one: a `*` does not cover `Authorization` (Fetch standard).
@@ -92,7 +100,7 @@ fn cors() -> CorsLayer {
 /// # Errors
 /// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
 pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let (router, access) = router(&config);
+    let (router, access, inhibition) = router(&config);
     let doors = Doors::new(router, access);
     for address in &config.tcp {
         let listener = doors::bind_tcp(*address)?;
@@ -103,6 +111,10 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result
         let listener = doors::bind_unix(path)?;
         tracing::info!(path = %path.display(), "listening");
         tokio::spawn(doors.clone().unix(listener));
+    }
+    if let Some(path) = &config.activity_socket {
+        let listener = inhibit::listen(path)?;
+        tokio::spawn(inhibit::serve(inhibition, listener));
     }
     if config.machine_links {
         match doors::bind_vsock(VSOCK_PORT) {

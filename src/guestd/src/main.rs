@@ -15,13 +15,18 @@ use tokio::signal::unix::{SignalKind, signal};
 const USAGE: &str = "\
 guestd: the agent inside every microVM
 
-usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH]
+usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH]
+       guestd busy [--why TEXT] [--ttl DURATION] [-- COMMAND]
+       guestd idle [--json]
        guestd --version
 
   serve          run as an ordinary service
   --port N       TCP port (49983)
   --host ADDRESS TCP address (127.0.0.1)
   --unix PATH    also listen on this Unix socket
+  --activity-socket PATH
+                 the socket of `guestd busy` and `guestd idle`
+  busy, idle     in the machine: keep the sandbox, or ask why it is alive; each has a --help
 
 As the first process of a machine or a container it takes no arguments.
 ";
@@ -42,8 +47,12 @@ fn main() -> ExitCode {
                 own_machine: true,
                 own_kernel: machine,
                 power_off,
+                activity_socket: Some(PathBuf::from(guestd::inhibit::SOCKET_PATH)),
             })
         });
+    }
+    if let Some(code) = guestd::inhibit::command::run(std::env::args_os().skip(1)) {
+        return code;
     }
     match parse(lexopt::Parser::from_env()) {
         Ok(Some(config)) => ExitCode::from(u8::try_from(run(config)).unwrap_or(1)),
@@ -60,6 +69,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     let mut host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let mut port = ENVD_PORT;
     let mut unix = None;
+    let mut activity_socket = None;
     let mut serve = false;
     while let Some(argument) = arguments.next()? {
         match argument {
@@ -75,6 +85,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
             Value(value) if value == "serve" => serve = true,
             Long("port") => port = arguments.value()?.parse()?,
             Long("host") => host = arguments.value()?.parse()?,
+            Long("activity-socket") => activity_socket = Some(PathBuf::from(arguments.value()?)),
             Long("unix") => unix = Some(PathBuf::from(arguments.value()?)),
             other => return Err(other.unexpected()),
         }
@@ -90,6 +101,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
         own_machine: false,
         own_kernel: false,
         power_off: || std::process::exit(0),
+        activity_socket,
     }))
 }
 

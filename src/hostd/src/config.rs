@@ -22,6 +22,9 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Say why a sandbox is alive, or why it is gone.
     Explain(Explain),
+    /// Idleness: try a policy on what happened.
+    #[command(subcommand)]
+    Idle(Idle),
     /// The process around one sandbox; started by `serve`.
     #[command(hide = true)]
     Guard,
@@ -38,6 +41,32 @@ pub struct Explain {
     #[arg(long, env = "HOSTD_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
     /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again each second, until the sandbox has ended. Looking is never use.
+    #[arg(long, conflicts_with = "json")]
+    pub watch: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Idle {
+    /// Replay recorded traces (`serve --idle-trace`) under another policy: what would have been released when, the time that saves and
+    /// the work that it cuts.
+    Replay(Replay),
+}
+
+#[derive(Debug, Args)]
+pub struct Replay {
+    /// Traces, `<sandbox>.jsonl` each.
+    #[arg(required = true)]
+    pub traces: Vec<PathBuf>,
+    /// A JSON object as in metadata.idle_policy, or a file that holds one; what it does not name counts as by default.
+    #[arg(long, default_value = "{}")]
+    pub policy: String,
+    /// Another idle timeout than the recorded one, in seconds.
+    #[arg(long)]
+    pub idle_timeout: Option<u64>,
+    /// Print one JSON object for each trace.
     #[arg(long)]
     pub json: bool,
 }
@@ -82,6 +111,9 @@ pub struct Serve {
     /// Templates, a folder each, as `cargo xtask image` makes them.
     #[arg(long, env = "HOSTD_IMAGES", default_value = "/var/lib/hostd/images")]
     pub images: PathBuf,
+    /// Write down what happens in each sandbox, for `hostd idle replay`: a folder for files `<sandbox>.jsonl`, which nobody removes.
+    #[arg(long, env = "HOSTD_IDLE_TRACE")]
+    pub idle_trace: Option<PathBuf>,
     /// Where the control plane listens.
     #[arg(long, env = "HOSTD_API", default_value = "127.0.0.1:3000")]
     pub api: SocketAddr,
@@ -109,6 +141,9 @@ pub struct Serve {
     /// How many sandboxes may be alive at once.
     #[arg(long, env = "HOSTD_MAX_SANDBOXES", default_value_t = 1000)]
     pub max_sandboxes: usize,
+    /// How long `guestd busy` and other inhibitors may hold a sandbox in all, in seconds. Never past the maximum lifetime.
+    #[arg(long, env = "HOSTD_INHIBITOR_BUDGET", default_value_t = 3600)]
+    pub inhibitor_budget: u64,
     /// Memory of a sandbox, in MiB.
     #[arg(long, env = "HOSTD_MEMORY_MB", default_value_t = 512, value_parser = clap::value_parser!(u32).range(128..=1_048_576))]
     pub memory_mb: u32,

@@ -1,9 +1,10 @@
 //! `hostd explain`: asks a running supervisor and prints the answer for people.
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use http_body_util::BodyExt;
 use hyper::Request;
 use hyper_util::rt::TokioIo;
@@ -11,9 +12,37 @@ use hyper_util::rt::TokioIo;
 use crate::config::Explain;
 use crate::lifetime::explain::{Explanation, describe};
 
+/// The pause between two looks of `--watch`.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// To the top left corner, and away with what was there (ECMA-48: CUP, ED).
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
 /// # Errors
 /// When the supervisor cannot be reached, or does not know the sandbox.
 pub async fn run(command: &Explain) -> Result<()> {
+    let mut out = std::io::stdout();
+    loop {
+        let body = ask(command).await?;
+        if command.json {
+            out.write_all(&body)?;
+            writeln!(out)?;
+            return Ok(());
+        }
+        let explanation: Explanation = serde_json::from_slice(&body).context("the answer is not hostd's")?;
+        if command.watch && std::io::IsTerminal::is_terminal(&out) {
+            write!(out, "{CLEAR}")?;
+        }
+        writeln!(out, "{}", describe(&explanation))?;
+        out.flush()?;
+        if !command.watch || explanation.ended.is_some() {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn ask(command: &Explain) -> Result<Bytes> {
     let uri: hyper::Uri = format!("{}/sandboxes/{}/idle", command.api.trim_end_matches('/'), command.id)
         .parse()
         .with_context(|| format!("--api {}: not a URL", command.api))?;
@@ -38,13 +67,5 @@ pub async fn run(command: &Explain) -> Result<()> {
     if !status.is_success() {
         bail!("{status}: {}", String::from_utf8_lossy(&body));
     }
-    let mut out = std::io::stdout();
-    if command.json {
-        out.write_all(&body)?;
-        writeln!(out)?;
-    } else {
-        let explanation: Explanation = serde_json::from_slice(&body).context("the answer is not hostd's")?;
-        writeln!(out, "{}", describe(&explanation))?;
-    }
-    Ok(())
+    Ok(body)
 }

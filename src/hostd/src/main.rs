@@ -13,6 +13,7 @@ mod proxy;
 mod runtime;
 mod server;
 mod store;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
                 .init();
             server::serve(*config).await
         }),
+        Command::Idle(config::Idle::Replay(command)) => trace::command::run(&command),
         Command::Explain(command) => with_runtime(async move { explain_command::run(&command).await }),
     };
     match result {

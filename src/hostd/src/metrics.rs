@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use guestd_idle::EndReason;
+use guestd_idle::{EndReason, HoldClass};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
@@ -31,6 +31,12 @@ impl EncodeLabelValue for Reason {
     }
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HoldLabel {
+    class: String,
+    side: String,
+}
+
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -38,6 +44,8 @@ pub struct Metrics {
     pub failed: Counter,
     ended: Family<ReasonLabel, Counter>,
     created: Histogram,
+    holds: Family<HoldLabel, Gauge>,
+    notices: Counter,
 }
 
 impl Default for Metrics {
@@ -59,11 +67,20 @@ impl Default for Metrics {
             "From a create call to its sandbox being ready",
             created.clone(),
         );
-        Self { registry, running, failed, ended, created }
+        let holds = Family::<HoldLabel, Gauge>::default();
+        registry.register("holds", "Live holds, by class and by the side that knows of them", holds.clone());
+        let notices = Counter::default();
+        registry.register("notices", "Sandboxes that were told of their end", notices.clone());
+        Self { registry, running, failed, ended, created, holds, notices }
     }
 }
 
 impl Metrics {
+    fn gauge(&self, class: &str, side: &str) -> Gauge {
+        let label = HoldLabel { class: class.to_owned(), side: side.to_owned() };
+        self.holds.get_or_create(&label).clone()
+    }
+
     pub fn ended(&self, reason: EndReason) {
         self.ended.get_or_create(&ReasonLabel { reason: Reason(reason) }).inc();
     }
@@ -72,8 +89,23 @@ impl Metrics {
         self.created.observe(took.as_secs_f64());
     }
 
-    /// The text that a Prometheus server scrapes.
-    pub fn text(&self) -> String {
+    pub fn noticed(&self) {
+        self.notices.inc();
+    }
+
+    /// The text that a Prometheus server scrapes. `holds` are those of all sandboxes, as class and side.
+    pub fn text<'a>(&self, holds: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+        for class in HoldClass::ALL {
+            for side in ["host", "guest"] {
+                self.gauge(class.name(), side).set(0);
+            }
+        }
+        for (class, side) in holds {
+            // A guest may call its holds anything; only the known classes become labels.
+            if let Some(class) = HoldClass::from_name(class) {
+                self.gauge(class.name(), side).inc();
+            }
+        }
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _infallible = encode(&mut text, &self.registry);

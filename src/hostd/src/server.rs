@@ -45,6 +45,11 @@ pub async fn serve(config: Serve) -> Result<()> {
     let images = Arc::new(Images::new(images, config.aliases()));
     let runtime = choose_runtime(&config, Arc::clone(&images)).await?;
     tracing::info!(runtime = runtime.name(), ?runtime, "ready to run sandboxes");
+    let idle_trace =
+        config.idle_trace.as_deref().map(std::path::absolute).transpose().context("--idle-trace")?;
+    if let Some(folder) = &idle_trace {
+        std::fs::create_dir_all(folder).with_context(|| format!("--idle-trace {}", folder.display()))?;
+    }
     let setup = Setup {
         limits: config.limits(),
         size: Size { cpu_count: config.cpus, memory_mb: config.memory_mb },
@@ -52,6 +57,8 @@ pub async fn serve(config: Serve) -> Result<()> {
         runtime,
         runs,
         max_sandboxes: config.max_sandboxes,
+        inhibitor_budget: Duration::from_secs(config.inhibitor_budget),
+        idle_trace,
         release_pause: Duration::from_millis(config.release_pause_ms),
     };
     let sandboxes = Sandboxes::new(setup, store, Metrics::default());

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Moment;
+use crate::policy::{Counting, Policy};
 
 /// How many transitions the explain view remembers.
 const REMEMBERED_TRANSITIONS: usize = 32;
@@ -83,48 +84,6 @@ impl fmt::Display for HoldClass {
     }
 }
 
-/// When a hold counts as use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Counting {
-    /// From its start to its end.
-    WhileHeld,
-    /// At its start and whenever bytes or events pass, not for being open.
-    OnProgress,
-    Never,
-}
-
-/// What counts, by class. The default is the table of DESIGN.md section 4.
-#[derive(Clone, Debug, Default)]
-pub struct Policy {
-    overrides: BTreeMap<HoldClass, Counting>,
-}
-
-impl Policy {
-    pub fn with(mut self, class: HoldClass, counting: Counting) -> Self {
-        self.overrides.insert(class, counting);
-        self
-    }
-
-    pub fn counting(&self, class: HoldClass) -> Counting {
-        if let Some(counting) = self.overrides.get(&class) {
-            return *counting;
-        }
-        match class {
-            HoldClass::Call
-            | HoldClass::Command
-            | HoldClass::Code
-            | HoldClass::GuestPort
-            | HoldClass::Inhibitor => Counting::WhileHeld,
-            HoldClass::Terminal
-            | HoldClass::Transfer
-            | HoldClass::Watch
-            | HoldClass::GuestStream
-            | HoldClass::Connect => Counting::OnProgress,
-            HoldClass::Detached => Counting::Never,
-        }
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HoldId(u64);
 
@@ -171,6 +130,7 @@ pub struct Ledger {
     holds: BTreeMap<HoldId, Hold>,
     next_id: u64,
     counting: usize,
+    /// In the future while a movement still counts ([`Counting::OnProgress`]).
     last_activity: Moment,
     last_use: Option<LastUse>,
     sequence: u64,
@@ -231,7 +191,7 @@ impl Ledger {
     fn counts(&self, hold: &Hold) -> bool {
         match self.policy.counting(hold.class) {
             Counting::WhileHeld => true,
-            Counting::OnProgress => hold.provisional,
+            Counting::OnProgress(_) => hold.provisional,
             Counting::Never => false,
         }
     }
@@ -241,8 +201,10 @@ impl Ledger {
         let Some(hold) = self.holds.get_mut(&id) else { return };
         hold.bytes = hold.bytes.saturating_add(bytes);
         hold.last_progress = now;
-        if self.policy.counting(hold.class) == Counting::OnProgress && !hold.provisional {
-            self.last_activity = self.last_activity.max(now);
+        if let Counting::OnProgress(linger) = self.policy.counting(hold.class)
+            && !hold.provisional
+        {
+            self.last_activity = self.last_activity.max(now + linger);
         }
     }
 
@@ -274,10 +236,12 @@ impl Ledger {
 
     /// Use without duration: an SDK's `connect`.
     pub fn touch(&mut self, class: HoldClass, origin: impl Into<String>, now: Moment) {
-        if self.policy.counting(class) == Counting::Never {
-            return;
-        }
-        self.last_activity = self.last_activity.max(now);
+        let linger = match self.policy.counting(class) {
+            Counting::Never => return,
+            Counting::OnProgress(linger) => linger,
+            Counting::WhileHeld => Duration::ZERO,
+        };
+        self.last_activity = self.last_activity.max(now + linger);
         let origin = origin.into();
         self.note(now, format!("{class} {origin}"));
         self.last_use = Some(LastUse { class, origin });
@@ -311,6 +275,43 @@ impl Ledger {
         &self.policy
     }
 
+    /// Counts by other rules from now on. What counted so far was use until now.
+    pub fn set_policy(&mut self, policy: Policy, now: Moment) {
+        if self.policy == policy {
+            return;
+        }
+        if self.counting > 0 {
+            self.last_activity = self.last_activity.max(now);
+        }
+        self.policy = policy;
+        self.counting = self.holds.values().filter(|hold| self.counts(hold)).count();
+        self.sequence += 1;
+        let words: Vec<_> =
+            self.policy.words().into_iter().map(|(class, word)| format!("{class}={word}")).collect();
+        self.note(
+            now,
+            format!("policy: {}", if words.is_empty() { "default".to_owned() } else { words.join(" ") }),
+        );
+    }
+
+    /// Whether a live hold keeps the sandbox at this moment.
+    pub fn keeps(&self, hold: &Hold, now: Moment) -> bool {
+        match self.policy.counting(hold.class) {
+            Counting::OnProgress(linger) => hold.provisional || now < hold.last_progress + linger,
+            Counting::WhileHeld => true,
+            Counting::Never => false,
+        }
+    }
+
+    /// The processes whose progress has to be looked for, because they may work without a byte of output.
+    pub fn sampled(&self) -> impl Iterator<Item = (HoldId, u32)> {
+        let sampled = |hold: &Hold| {
+            matches!(hold.class, HoldClass::Command | HoldClass::Detached)
+                && matches!(self.policy.counting(hold.class), Counting::OnProgress(_))
+        };
+        self.holds.iter().filter(move |(_, hold)| sampled(hold)).map(|(id, hold)| (*id, hold.pid))
+    }
+
     /// The live holds, those that count first, then the oldest first.
     pub fn by_blame(&self) -> Vec<(HoldId, &Hold)> {
         let mut holds: Vec<_> = self.holds.iter().map(|(id, hold)| (*id, hold)).collect();
@@ -340,8 +341,8 @@ impl Ledger {
                     self.note(now, format!("busy: {} {}", hold.class, hold.origin));
                 }
             }
-            Counting::OnProgress => {
-                self.last_activity = self.last_activity.max(now);
+            Counting::OnProgress(linger) => {
+                self.last_activity = self.last_activity.max(now + linger);
                 self.note(now, format!("opened: {} {}", hold.class, hold.origin));
                 self.last_use = Some(LastUse { class: hold.class, origin: hold.origin.clone() });
             }
@@ -416,6 +417,41 @@ mod tests {
         assert_eq!(ledger.idle_for(at(9_000)), Duration::ZERO);
         ledger.end(command, at(9_000));
         assert_eq!(ledger.idle_for(at(9_001)), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_detached_command_under_progress_counts_for_so_long_after_each_movement() {
+        let linger = Duration::from_secs(10);
+        let policy = Policy::default().with(HoldClass::Detached, Counting::OnProgress(linger));
+        let mut ledger = Ledger::new(policy, at(0));
+        let command = ledger.begin(HoldClass::Command, "train", 3, at(0));
+        ledger.reclass(command, HoldClass::Detached, at(1_000));
+        assert_eq!(ledger.sampled().collect::<Vec<_>>(), [(command, 3)]);
+        ledger.progress(command, 0, at(5_000));
+        assert_eq!(ledger.idle_for(at(15_000)), Duration::ZERO, "it moved ten seconds ago");
+        assert_eq!(ledger.idle_for(at(17_000)), Duration::from_secs(2), "it hangs");
+        let hold = ledger.by_blame()[0].1.clone();
+        assert!(ledger.keeps(&hold, at(14_999)) && !ledger.keeps(&hold, at(15_000)));
+        ledger.end(command, at(30_000));
+        assert_eq!(ledger.idle_for(at(30_000)), Duration::from_secs(15), "its end is no use by itself");
+    }
+
+    #[test]
+    fn a_new_policy_counts_what_lives_already() {
+        let mut ledger = ledger();
+        ledger.begin(HoldClass::Detached, "train", 3, at(0));
+        ledger.begin(HoldClass::Code, "cell", 0, at(0));
+        assert_eq!(ledger.counting(), 1);
+        let policy = Policy::default()
+            .with(HoldClass::Detached, Counting::WhileHeld)
+            .with(HoldClass::Code, Counting::WhileHeld);
+        ledger.set_policy(policy, at(5_000));
+        assert_eq!((ledger.counting(), ledger.idle_for(at(9_000))), (2, Duration::ZERO));
+        let none = Policy::default()
+            .with(HoldClass::Detached, Counting::Never)
+            .with(HoldClass::Code, Counting::Never);
+        ledger.set_policy(none, at(10_000));
+        assert_eq!((ledger.counting(), ledger.idle_for(at(11_000))), (0, Duration::from_secs(1)));
     }
 
     #[test]

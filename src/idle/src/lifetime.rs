@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::{HoldClass, HoldId, Ledger, Policy};
+use crate::ledger::{HoldClass, HoldId, Ledger};
+use crate::policy::IdleSettings;
 use crate::terms::{Limits, Terms, TermsError};
 use crate::{Moment, admission};
 
@@ -33,6 +34,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(250);
 /// After so many unanswered prepares (30 s) the agent counts as dead: the sandbox has crashed. Silence alone never reads as idleness,
 /// because work inside the guest would be lost that the host cannot see.
 const UNANSWERED_LIMIT: u32 = 20;
+
+/// How far an announced end may move without being announced again: reports are rounded to milliseconds and take time.
+const SAME_END: Duration = Duration::from_secs(1);
 
 const _: () = assert!(PREPARE_DEADLINE.as_millis() < admission::SILENCE.as_millis());
 
@@ -93,6 +97,9 @@ pub enum Step {
     Wait(Moment),
     /// Ask the guest to prepare its release, and give the answer to [`Lifetime::answer`].
     Prepare { epoch: u64, idle_for: Duration },
+    /// Tell the guest that it ends so soon. For an idle release the guest has to agree that it has been idle for `idle_for`: when it does
+    /// not, give its report to [`Lifetime::refuse_notice`].
+    Notify { reason: EndReason, ends_in: Duration, idle_for: Option<Duration> },
     /// Stop the VM. Every later step says the same.
     End(EndReason),
 }
@@ -130,26 +137,38 @@ pub struct Lifetime {
     epoch: u64,
     ask_not_before: Moment,
     unanswered: u32,
+    /// How long before its end the sandbox wants to hear of it.
+    notice: Option<Duration>,
+    /// The end that the guest was last told of.
+    announced: Option<Moment>,
 }
 
 impl Lifetime {
     /// A sandbox that is ready now. `last_epoch` is the highest epoch that an earlier supervisor may have used, 0 for a new sandbox.
-    pub fn new(terms: Terms, last_epoch: u64, now: Moment) -> Self {
+    pub fn new(terms: Terms, settings: &IdleSettings, last_epoch: u64, now: Moment) -> Self {
         Self {
             terms,
-            host: Ledger::new(Policy::default(), now),
+            host: Ledger::new(settings.policy.clone(), now),
             guest: GuestView { sequence: 0, counting: 0, last_activity: now },
             phase: Phase::Running,
             epoch: last_epoch,
             ask_not_before: now,
             unanswered: 0,
+            notice: settings.notice,
+            announced: None,
         }
     }
 
     /// The lifetime of a sandbox found alive after a restart: its idle clock is the guest's, not the restart's.
-    pub fn adopt(terms: Terms, last_epoch: u64, report: GuestReport, now: Moment) -> Self {
+    pub fn adopt(
+        terms: Terms,
+        settings: &IdleSettings,
+        last_epoch: u64,
+        report: GuestReport,
+        now: Moment,
+    ) -> Self {
         let used = now - report.idle_for;
-        let mut lifetime = Self::new(terms, last_epoch, used);
+        let mut lifetime = Self::new(terms, settings, last_epoch, used);
         lifetime.report(report, now);
         lifetime
     }
@@ -161,9 +180,7 @@ impl Lifetime {
         }
         let end = self.terms.end + MARGIN;
         if now >= end {
-            let reason =
-                if self.terms.end >= self.terms.last_end { EndReason::Lifetime } else { EndReason::Timeout };
-            return self.finish(reason, now);
+            return self.finish(self.hard_reason(), now);
         }
         if let Phase::Preparing { epoch, sent } = self.phase {
             let deadline = sent + PREPARE_DEADLINE;
@@ -174,11 +191,23 @@ impl Lifetime {
             self.phase = Phase::Running;
             self.host.note(now, format!("release {epoch}: the agent did not answer"));
         }
-        let Some(due) = self.release_due() else { return Step::Wait(end) };
-        let due = due.max(self.ask_not_before);
-        if now < due {
-            return Step::Wait(due.min(end));
-        }
+        let due = self.release_due().map(|due| due.max(self.ask_not_before));
+        let notify_at = match self.notice_due(due, end) {
+            Some((notify_at, ends_at, reason)) if now >= notify_at => {
+                self.announced = Some(ends_at);
+                let ends_in = ends_at.since(now);
+                self.host.note(now, format!("notice: {reason} in {:.1} s", ends_in.as_secs_f64()));
+                let idle_for = (reason == EndReason::Idle)
+                    .then(|| self.terms.idle_timeout.unwrap_or_default().saturating_sub(ends_in));
+                return Step::Notify { reason, ends_in, idle_for };
+            }
+            waiting => waiting.map(|(notify_at, ..)| notify_at),
+        };
+        let Some(due) = due.filter(|due| now >= *due) else {
+            let next = due.into_iter().chain(notify_at).fold(end, Moment::min);
+            return Step::Wait(next);
+        };
+        debug_assert!(now >= due);
         if self.unanswered >= UNANSWERED_LIMIT {
             self.host.note(now, "the agent does not answer");
             return self.finish(EndReason::Crashed, now);
@@ -209,6 +238,31 @@ impl Lifetime {
             format!("release {epoch}: {}", if ready { "called off, in use" } else { "the guest is busy" }),
         );
         Verdict::Abort
+    }
+
+    /// The guest was told of an idle release and does not agree that it is idle: it is told again when it is.
+    pub fn refuse_notice(&mut self, report: GuestReport, now: Moment) {
+        self.announced = None;
+        self.ask_not_before = now + ASK_AGAIN;
+        self.report(report, now);
+        self.host.note(now, "notice: the guest is in use");
+    }
+
+    /// When to announce which end, unless it was announced already.
+    fn notice_due(&self, due: Option<Moment>, end: Moment) -> Option<(Moment, Moment, EndReason)> {
+        let notice = self.notice?;
+        let (ends_at, reason) = match due {
+            Some(due) if due < end => (due, EndReason::Idle),
+            _ => (end, self.hard_reason()),
+        };
+        let told = self
+            .announced
+            .is_some_and(|told| ends_at.since(told) <= SAME_END && told.since(ends_at) <= SAME_END);
+        (!told).then(|| ((ends_at - notice).max(self.ask_not_before), ends_at, reason))
+    }
+
+    fn hard_reason(&self) -> EndReason {
+        if self.terms.end >= self.terms.last_end { EndReason::Lifetime } else { EndReason::Timeout }
     }
 
     /// A request came in. The hold lives until [`Lifetime::release_hold`], and is use once it is confirmed.
@@ -286,7 +340,7 @@ impl Lifetime {
     pub fn end(&mut self, reason: EndReason, now: Moment) -> EndReason {
         match self.finish(reason, now) {
             Step::End(reason) => reason,
-            Step::Wait(_) | Step::Prepare { .. } => reason,
+            Step::Wait(_) | Step::Prepare { .. } | Step::Notify { .. } => reason,
         }
     }
 
@@ -370,7 +424,7 @@ mod tests {
     fn idle_sandbox() -> Lifetime {
         let limits = Limits::default();
         let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
-        Lifetime::new(terms, 0, at(0))
+        Lifetime::new(terms, &IdleSettings::default(), 0, at(0))
     }
 
     fn idle_report(sequence: u64, idle: Duration) -> GuestReport {
@@ -436,6 +490,7 @@ mod tests {
                     let busy = GuestReport { sequence: epoch, idle_for: Duration::ZERO, counting: 0 };
                     assert_eq!(lifetime.answer(epoch, false, busy, now), Verdict::Abort);
                 }
+                Step::Notify { .. } => panic!("nobody asked for notice"),
                 Step::End(reason) => {
                     assert_eq!(reason, EndReason::Lifetime);
                     assert!(now >= at(3_600_000) && now <= at(3_601_000));
@@ -452,7 +507,7 @@ mod tests {
         loop {
             match lifetime.step(now) {
                 Step::Wait(until) => now = until,
-                Step::Prepare { .. } => {}
+                Step::Prepare { .. } | Step::Notify { .. } => {}
                 Step::End(reason) => {
                     assert_eq!(reason, EndReason::Crashed);
                     assert!(now < at(95_000), "{now:?}");
@@ -483,7 +538,7 @@ mod tests {
         let limits = Limits::default();
         let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
         let report = idle_report(40, Duration::from_secs(50));
-        let lifetime = Lifetime::adopt(terms, 3, report, at(100_000));
+        let lifetime = Lifetime::adopt(terms, &IdleSettings::default(), 3, report, at(100_000));
         assert_eq!(lifetime.releases_in(at(100_000)), Some(Duration::from_secs(10) + MARGIN));
         assert_eq!(lifetime.epoch(), 3);
     }
@@ -492,9 +547,94 @@ mod tests {
     fn a_plain_timeout_ends_a_busy_sandbox() {
         let limits = Limits::default();
         let terms = Asked::parse(Some(20), None, &limits).unwrap().starting(at(0), &limits);
-        let mut lifetime = Lifetime::new(terms, 0, at(0));
+        let mut lifetime = Lifetime::new(terms, &IdleSettings::default(), 0, at(0));
         lifetime.admit(HoldClass::Call, "/x", at(1)).unwrap();
         assert_eq!(lifetime.step(at(21_000)), Step::End(EndReason::Timeout));
+    }
+
+    fn with_notice(seconds: u64) -> Lifetime {
+        let limits = Limits::default();
+        let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
+        let settings = IdleSettings { notice: Some(Duration::from_secs(seconds)), ..Default::default() };
+        Lifetime::new(terms, &settings, 0, at(0))
+    }
+
+    fn wait(lifetime: &mut Lifetime, now: Moment) -> Moment {
+        let Step::Wait(until) = lifetime.step(now) else { panic!("not waiting") };
+        until
+    }
+
+    #[test]
+    fn a_notice_comes_once_and_the_release_is_not_later_for_it() {
+        let mut lifetime = with_notice(30);
+        let notify = wait(&mut lifetime, at(0));
+        assert_eq!(notify, at(30_000) + MARGIN);
+        let Step::Notify { reason, ends_in, idle_for } = lifetime.step(notify) else { panic!("no notice") };
+        assert_eq!((reason, ends_in), (EndReason::Idle, Duration::from_secs(30)));
+        assert_eq!(idle_for, Some(Duration::from_secs(30)));
+        // A report that differs by a rounding is the same end.
+        lifetime.report(idle_report(1, Duration::from_millis(30_148)), notify);
+        let due = wait(&mut lifetime, notify);
+        assert!(due <= at(60_000) + MARGIN + SAME_END);
+        assert!(matches!(lifetime.step(due), Step::Prepare { .. }));
+    }
+
+    #[test]
+    fn use_during_the_notice_wins_and_the_next_idleness_is_announced_again() {
+        let mut lifetime = with_notice(30);
+        let notify = wait(&mut lifetime, at(0));
+        assert!(matches!(lifetime.step(notify), Step::Notify { .. }));
+        lifetime.touch("sdk", at(50_000));
+        let again = wait(&mut lifetime, at(50_000));
+        assert_eq!(again, at(80_000) + MARGIN);
+        assert!(matches!(lifetime.step(again), Step::Notify { reason: EndReason::Idle, .. }));
+    }
+
+    #[test]
+    fn a_guest_that_is_in_use_gets_its_notice_when_it_is_not() {
+        let mut lifetime = with_notice(30);
+        let notify = wait(&mut lifetime, at(0));
+        assert!(matches!(lifetime.step(notify), Step::Notify { .. }));
+        // Somebody types in a terminal, which the host does not see.
+        lifetime.refuse_notice(idle_report(2, Duration::from_secs(1)), notify);
+        let again = wait(&mut lifetime, notify);
+        assert_eq!(again, notify - Duration::from_secs(1) + Duration::from_secs(30) + MARGIN);
+        assert!(matches!(lifetime.step(again), Step::Notify { .. }));
+    }
+
+    #[test]
+    fn the_hard_end_is_announced_to_a_busy_sandbox_and_comes_all_the_same() {
+        let mut lifetime = with_notice(60);
+        lifetime.admit(HoldClass::Call, "/x", at(1)).unwrap();
+        let notify = wait(&mut lifetime, at(1));
+        assert_eq!(notify, at(3_540_000) + MARGIN);
+        assert!(matches!(
+            lifetime.step(notify),
+            Step::Notify { reason: EndReason::Lifetime, idle_for: None, .. }
+        ));
+        let end = wait(&mut lifetime, notify);
+        assert_eq!(lifetime.step(end), Step::End(EndReason::Lifetime));
+    }
+
+    #[test]
+    fn a_liar_cannot_make_the_host_spin_with_notices() {
+        let mut lifetime = with_notice(30);
+        let mut now = at(0);
+        let mut notices = 0;
+        while now < at(100_000) {
+            match lifetime.step(now) {
+                Step::Wait(until) => now = until,
+                Step::Notify { .. } => {
+                    notices += 1;
+                    lifetime.refuse_notice(idle_report(notices, Duration::from_secs(40)), now);
+                }
+                Step::Prepare { epoch, .. } => {
+                    lifetime.answer(epoch, false, idle_report(notices, Duration::from_secs(60)), now);
+                }
+                Step::End(_) => break,
+            }
+        }
+        assert!(notices <= 100_000 / 250, "{notices}");
     }
 
     #[test]

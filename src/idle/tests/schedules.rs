@@ -10,7 +10,9 @@ use std::time::Duration;
 use guestd_idle::admission::Entry;
 use guestd_idle::lifetime::{Lifetime, Step, Verdict};
 use guestd_idle::terms::Asked;
-use guestd_idle::{Admission, EndReason, GuestReport, HoldClass, HoldId, Ledger, Limits, Moment, Policy};
+use guestd_idle::{
+    Admission, EndReason, GuestReport, HoldClass, HoldId, IdleSettings, Ledger, Limits, Moment, Policy,
+};
 use proptest::prelude::*;
 
 const IDLE: u64 = 60_000;
@@ -145,7 +147,7 @@ fn run(schedule: &Schedule) -> Outcome {
         queue: BinaryHeap::new(),
         order: 0,
         network: schedule.network.clone().into_iter().cycle(),
-        host: Lifetime::new(terms, 0, at(0)),
+        host: Lifetime::new(terms, &IdleSettings::default(), 0, at(0)),
         ledger: Ledger::new(Policy::default(), at(0)),
         fence: Admission::default(),
         waiting: Vec::new(),

@@ -31,4 +31,10 @@ pub struct InitRequest {
     /// Ours, additive: the agent powers the machine off after so many milliseconds by itself, should every guard outside have failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_lifetime_ms: Option<u64>,
+    /// Ours, additive: how classes of use count in this sandbox, as `guestd_idle::Policy::words` has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_policy: Option<BTreeMap<String, String>>,
+    /// Ours, additive: how long inhibitors may hold this sandbox in all, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inhibitor_budget_ms: Option<u64>,
 }

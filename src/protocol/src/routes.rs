@@ -100,6 +100,7 @@ pub const ROUTES: &[Route] = &[
     host_only("/activity.v1.Activity/CommitRelease"),
     host_only("/activity.v1.Activity/AbortRelease"),
     host_only("/activity.v1.Activity/Explain"),
+    host_only("/activity.v1.Activity/Notify"),
 ];
 
 /// The route of a path as it stands in the request line.

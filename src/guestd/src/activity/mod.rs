@@ -7,14 +7,16 @@
 mod body;
 pub mod middleware;
 pub mod rpc;
+mod sampling;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use guestd_idle::admission::Entry;
-use guestd_idle::{Admission, Counting, HoldClass, HoldId, Ledger, Moment, Policy};
+use guestd_idle::{Admission, HoldClass, HoldId, Ledger, Moment, Policy};
 use guestd_protocol::wire::activity::v1 as wire;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 /// How many holds a report names (contract: activity.proto).
 const REPORTED_HOLDS: usize = 64;
@@ -30,6 +32,8 @@ pub struct Gone;
 struct Inner {
     ledger: Ledger,
     admission: Admission,
+    /// A task looks for progress that nobody reports.
+    sampling: bool,
 }
 
 #[derive(Debug)]
@@ -46,14 +50,28 @@ impl Activity {
         let changes = watch::Sender::new(ledger.sequence());
         Arc::new(Self {
             origin: Instant::now(),
-            inner: Mutex::new(Inner { ledger, admission: Admission::default() }),
+            inner: Mutex::new(Inner { ledger, admission: Admission::default(), sampling: false }),
             fence: Notify::new(),
             changes,
         })
     }
 
-    fn now(&self) -> Moment {
+    /// The agent's monotonic clock, which all of its idle rules use.
+    pub fn now(&self) -> Moment {
         Moment::default() + self.origin.elapsed()
+    }
+
+    /// Counts by `policy` from now on.
+    pub fn set_policy(self: &Arc<Self>, policy: Policy) {
+        let now = self.now();
+        self.change(|inner| inner.ledger.set_policy(policy, now));
+        sampling::start(self);
+    }
+
+    /// Adds a line to the history.
+    pub fn note(&self, what: impl Into<String>) {
+        let now = self.now();
+        self.lock().ledger.note(now, what);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -129,6 +147,12 @@ impl Activity {
         report(&self.lock().ledger, now)
     }
 
+    /// Zero while a counting hold lives.
+    pub fn idle_for(&self) -> Duration {
+        let now = self.now();
+        self.lock().ledger.idle_for(now)
+    }
+
     pub fn explain(&self) -> wire::ExplainResponse {
         let now = self.now();
         let inner = self.lock();
@@ -175,7 +199,7 @@ fn report(ledger: &Ledger, now: Moment) -> wire::Report {
     let holds = ledger.by_blame().into_iter().take(REPORTED_HOLDS).map(|(id, hold)| wire::Hold {
         id: id.get(),
         class: hold.class.name().to_owned(),
-        counts: ledger.policy().counting(hold.class) == Counting::WhileHeld,
+        counts: ledger.keeps(hold, now),
         origin: hold.origin.clone(),
         pid: hold.pid,
         age_ms: millis(now.since(hold.started)),
@@ -213,10 +237,12 @@ impl HoldGuard {
     pub fn reclass(&self, class: HoldClass) {
         let now = self.activity.now();
         self.activity.change(|inner| inner.ledger.reclass(self.id, class, now));
+        sampling::start(&self.activity);
     }
 
     pub fn name_process(&self, pid: u32) {
         self.activity.lock().ledger.name_process(self.id, pid);
+        sampling::start(&self.activity);
     }
 }
 

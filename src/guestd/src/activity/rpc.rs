@@ -11,6 +11,8 @@ use guestd_protocol::wire::activity::v1 as wire;
 use tokio::time::Instant;
 
 use super::Activity;
+use crate::inhibit::Inhibition;
+use crate::notice::{Given, Notices};
 
 /// At most two reports a second (contract: activity.proto).
 const REPORT_PAUSE: Duration = Duration::from_millis(500);
@@ -18,11 +20,13 @@ const REPORT_PAUSE: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct ActivityService {
     activity: Arc<Activity>,
+    inhibition: Arc<Inhibition>,
+    notices: Arc<Notices>,
 }
 
 impl ActivityService {
-    pub fn new(activity: Arc<Activity>) -> Self {
-        Self { activity }
+    pub fn new(activity: Arc<Activity>, inhibition: Arc<Inhibition>, notices: Arc<Notices>) -> Self {
+        Self { activity, inhibition, notices }
     }
 }
 
@@ -91,6 +95,22 @@ impl wire::Activity for ActivityService {
         _ctx: RequestContext,
         _request: ServiceRequest<'_, wire::ExplainRequest>,
     ) -> ServiceResult<impl Encodable<wire::ExplainResponse> + Send + use<>> {
-        Response::ok(self.activity.explain())
+        Response::ok(self.inhibition.explain())
+    }
+
+    async fn notify(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, wire::NotifyRequest>,
+    ) -> ServiceResult<impl Encodable<wire::NotifyResponse> + Send + use<>> {
+        let ends_in = Duration::from_millis(request.ends_in_ms);
+        let given =
+            self.notices.give(request.reason, ends_in, request.idle_for_ms.map(Duration::from_millis));
+        let (told, hooks) = match given {
+            Given::InUse => (false, 0),
+            Given::Told { hooks } => (true, u32::try_from(hooks).unwrap_or(u32::MAX)),
+        };
+        let report = self.activity.report().into();
+        Response::ok(wire::NotifyResponse { told, hooks, report, ..Default::default() })
     }
 }

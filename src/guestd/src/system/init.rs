@@ -7,6 +7,7 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use guestd_idle::Policy;
 use guestd_protocol::init::InitRequest;
 use guestd_protocol::{CONTROL_HEADER, ENVD_VERSION};
 
@@ -41,6 +42,8 @@ fn apply(system: &System, headers: &HeaderMap, body: &[u8]) -> Result<(), (Statu
             Some(Timestamp::parse(text).ok_or_else(|| bad(format!("timestamp is not RFC 3339: {text:?}")))?)
         }
     };
+    let policy = request.idle_policy.as_ref().map(Policy::from_words).transpose();
+    let policy = policy.map_err(|error| bad(error.to_string()))?;
     let control = headers.get(CONTROL_HEADER).and_then(|value| value.to_str().ok());
     let mut last = system.last_init.lock().unwrap_or_else(PoisonError::into_inner);
     // A call that was on its way for long must not undo a newer one; it is not an error either.
@@ -60,6 +63,8 @@ fn apply(system: &System, headers: &HeaderMap, body: &[u8]) -> Result<(), (Statu
     {
         clock::set(timestamp);
     }
+    let budget = request.inhibitor_budget_ms.map(Duration::from_millis);
+    system.inhibition.configure(policy, budget);
     settle(system, request);
     Ok(())
 }
@@ -103,7 +108,9 @@ fn settle(system: &System, request: InitRequest) {
 mod tests {
     use super::*;
     use crate::access::Access;
+    use crate::activity::Activity;
     use crate::agent::Config;
+    use crate::inhibit::Inhibition;
     use crate::settings::Settings;
 
     fn system() -> System {
@@ -114,8 +121,10 @@ mod tests {
             own_machine: false,
             own_kernel: false,
             power_off: || {},
+            activity_socket: None,
         };
-        System::new(Arc::new(Access::default()), Arc::new(Settings::new(false)), &config)
+        let inhibition = Inhibition::new(Activity::new(Policy::default()));
+        System::new(Arc::new(Access::default()), Arc::new(Settings::new(false)), inhibition, &config)
     }
 
     #[tokio::test]

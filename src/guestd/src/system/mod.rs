@@ -16,6 +16,7 @@ use tokio::task::AbortHandle;
 
 use crate::access::Access;
 use crate::agent::Config;
+use crate::inhibit::Inhibition;
 use crate::settings::Settings;
 
 /// What the handlers share.
@@ -23,6 +24,7 @@ use crate::settings::Settings;
 pub struct System {
     access: Arc<Access>,
     settings: Arc<Settings>,
+    inhibition: Arc<Inhibition>,
     metrics: metrics::Sampler,
     /// The newest accepted `/init`; older ones change nothing.
     last_init: Mutex<Option<clock::Timestamp>>,
@@ -34,10 +36,16 @@ pub struct System {
 }
 
 impl System {
-    pub fn new(access: Arc<Access>, settings: Arc<Settings>, config: &Config) -> Self {
+    pub fn new(
+        access: Arc<Access>,
+        settings: Arc<Settings>,
+        inhibition: Arc<Inhibition>,
+        config: &Config,
+    ) -> Self {
         Self {
             access,
             settings,
+            inhibition,
             metrics: metrics::Sampler::default(),
             last_init: Mutex::new(None),
             last_guard: Mutex::new(None),

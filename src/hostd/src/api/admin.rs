@@ -28,5 +28,7 @@ pub(super) async fn tombstones(State(api): State<Api>) -> axum::Json<Vec<Explana
 
 pub(super) async fn metrics(State(api): State<Api>) -> impl IntoResponse {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], api.sandboxes.metrics.text())
+    let holds: Vec<_> = api.sandboxes.all_live().iter().flat_map(|sandbox| explain::holds(sandbox)).collect();
+    let holds = holds.iter().map(|hold| (hold.class.as_str(), hold.side.as_str()));
+    ([(header::CONTENT_TYPE, kind)], api.sandboxes.metrics.text(holds))
 }

@@ -49,7 +49,7 @@ impl From<StoreError> for ApiError {
 impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         let status = match &error {
-            CreateError::Terms(_) => StatusCode::BAD_REQUEST,
+            CreateError::Terms(_) | CreateError::Policy(_) => StatusCode::BAD_REQUEST,
             CreateError::Image(ImageError::Unknown(_)) => StatusCode::NOT_FOUND,
             CreateError::Busy | CreateError::Closing => StatusCode::SERVICE_UNAVAILABLE,
             CreateError::Full(_) => StatusCode::TOO_MANY_REQUESTS,

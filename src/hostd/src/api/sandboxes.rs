@@ -93,6 +93,7 @@ pub(super) async fn connect(
         lifetime.touch("connect", now);
         Ok(())
     })?;
+    sandbox.trace_touch("connect");
     api.sandboxes.save_terms(&sandbox).await?;
     Ok(axum::Json(SandboxBody::of(&sandbox)))
 }

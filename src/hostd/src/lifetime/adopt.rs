@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use guestd_idle::{EndReason, GuestReport, Lifetime, Moment, Terms};
+use guestd_idle::{EndReason, GuestReport, IdleSettings, Lifetime, Moment, Terms};
 use http::HeaderValue;
 
 use super::{Found, Sandbox, Sandboxes};
@@ -95,7 +95,9 @@ impl Sandboxes {
         let now = clock::now();
         // Larger than any epoch that the earlier supervisor can have used: it used one at most each quarter of a second.
         let epoch = now.as_nanos() / 1_000_000;
-        let mut lifetime = Lifetime::adopt(terms, epoch, report, now);
+        // What was accepted once is read the same way again.
+        let settings = IdleSettings::parse(&record.metadata).unwrap_or_default();
+        let mut lifetime = Lifetime::adopt(terms, &settings, epoch, report, now);
         lifetime.note(now, "taken over by a restarted hostd");
         // Every live sandbox has a place, even if fewer are allowed now than before.
         let place = Arc::clone(&self.places).try_acquire_owned();
@@ -106,7 +108,8 @@ impl Sandboxes {
                 .unwrap_or_else(|_| unreachable!("a permit was just added"))
         });
         tracing::info!(sandbox = record.id, "took over a running sandbox");
-        self.enter(Sandbox::new(record, link, machine, lifetime), place);
+        let trace = self.begin_trace(&record, &lifetime);
+        self.enter(Sandbox::new(record, link, machine, lifetime, trace), place);
     }
 
     /// It ended while nobody looked: at its hard end if that is over, else by accident.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use guestd_idle::terms::Asked;
-use guestd_idle::{Lifetime, TermsError};
+use guestd_idle::{IdleSettings, Lifetime, PolicyError, TermsError};
 use guestd_protocol::init::InitRequest;
 use http::HeaderValue;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -45,6 +45,8 @@ pub enum CreateError {
     #[error(transparent)]
     Terms(#[from] TermsError),
     #[error(transparent)]
+    Policy(#[from] PolicyError),
+    #[error(transparent)]
     Image(#[from] ImageError),
     #[error("this host runs {0} sandboxes already, the most that it may (--max-sandboxes)")]
     Full(usize),
@@ -70,6 +72,7 @@ impl Sandboxes {
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Arc<Sandbox>, CreateError> {
         let idle_timeout = request.metadata.get(guestd_idle::terms::IDLE_TIMEOUT_KEY);
         let asked = Asked::parse(request.timeout, idle_timeout.map(String::as_str), &self.setup.limits)?;
+        let settings = IdleSettings::parse(&request.metadata)?;
         let images = Arc::clone(&self.setup.images);
         let name = request.template.clone();
         let image = tokio::task::spawn_blocking(move || images.find(&name))
@@ -83,7 +86,7 @@ impl Sandboxes {
         let sandboxes = Arc::clone(self);
         let (answer, answered) = oneshot::channel();
         tokio::spawn(async move {
-            let brought = sandboxes.bring_up(request, asked, image, place).await;
+            let brought = sandboxes.bring_up(request, asked, settings, image, place).await;
             if let Err(Ok(sandbox)) = answer.send(brought) {
                 // Nobody knows its id: it would only take up room until its time is over.
                 sandbox.change(|lifetime| {
@@ -100,6 +103,7 @@ impl Sandboxes {
         self: Arc<Self>,
         request: CreateRequest,
         asked: Asked,
+        settings: IdleSettings,
         image: Image,
         place: OwnedSemaphorePermit,
     ) -> Result<Arc<Sandbox>, CreateError> {
@@ -113,11 +117,12 @@ impl Sandboxes {
         };
         self.store.put(record.clone()).await?;
         let left = CREATE_LIMIT.saturating_sub(begun.elapsed());
-        let brought = self.boot(&mut record, asked, &image, request.env_vars, left).await;
+        let brought = self.boot(&mut record, asked, &settings, &image, request.env_vars, left).await;
         drop(boot);
         match brought {
             Ok((machine, link, lifetime)) => {
-                let sandbox = Sandbox::new(record, link, machine, lifetime);
+                let trace = self.begin_trace(&record, &lifetime);
+                let sandbox = Sandbox::new(record, link, machine, lifetime, trace);
                 self.enter(Arc::clone(&sandbox), place);
                 self.metrics.created(begun.elapsed());
                 tracing::info!(sandbox = id, took_ms = begun.elapsed().as_millis(), "sandbox created");
@@ -138,6 +143,7 @@ impl Sandboxes {
         &self,
         record: &mut Record,
         asked: Asked,
+        settings: &IdleSettings,
         image: &Image,
         env_vars: BTreeMap<String, String>,
         left: Duration,
@@ -152,7 +158,8 @@ impl Sandboxes {
             self.store.put(record.clone()).await?;
             let control = HeaderValue::from_str(&record.control).map_err(std::io::Error::other)?;
             let link = Link::new(machine.placement.transport.clone(), control);
-            record.envd_version = self.reach(&machine, hello, &link, record, env_vars, left).await?;
+            record.envd_version =
+                self.reach(&machine, hello, &link, record, settings, env_vars, left).await?;
             let now = clock::now();
             let terms = asked.starting(now, &setup.limits);
             record.stage = Stage::Running;
@@ -164,7 +171,11 @@ impl Sandboxes {
                 terms.idle_timeout.map(|length| u64::try_from(length.as_millis()).unwrap_or(u64::MAX));
             machine.set_deadline(terms.last_end)?;
             self.store.put(record.clone()).await?;
-            Ok((link, Lifetime::new(terms, 0, now)))
+            let mut lifetime = Lifetime::new(terms, settings, 0, now);
+            for key in &settings.unknown {
+                lifetime.note(now, format!("metadata.{key} is not a setting of the idle rules"));
+            }
+            Ok((link, lifetime))
         };
         match booted.await {
             Ok((link, lifetime)) => Ok((machine, link, lifetime)),
@@ -182,6 +193,7 @@ impl Sandboxes {
         hello: Option<Hello>,
         link: &Link,
         record: &Record,
+        settings: &IdleSettings,
         env_vars: BTreeMap<String, String>,
         left: Duration,
     ) -> Result<String, CreateError> {
@@ -191,7 +203,7 @@ impl Sandboxes {
                 hello.heard().await?;
             }
             loop {
-                match link.init(&self.init_request(record, &env_vars)).await {
+                match link.init(&self.init_request(record, settings, &env_vars)).await {
                     Ok(version) => return Ok(version),
                     Err(LinkError::Status(status)) => {
                         return Err(CreateError::Boot(format!("its agent refused /init with {status}")));
@@ -212,7 +224,13 @@ impl Sandboxes {
         }
     }
 
-    fn init_request(&self, record: &Record, env_vars: &BTreeMap<String, String>) -> InitRequest {
+    fn init_request(
+        &self,
+        record: &Record,
+        settings: &IdleSettings,
+        env_vars: &BTreeMap<String, String>,
+    ) -> InitRequest {
+        let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
         // The agent's own end comes after the guard's: it is the last of three.
         let max = self.setup.limits.max_lifetime + Duration::from_secs(2);
         InitRequest {
@@ -224,7 +242,9 @@ impl Sandboxes {
             lifecycle_id: Some(record.id.clone()),
             sandbox_id: Some(record.id.clone()),
             template_id: Some(record.template.clone()),
-            max_lifetime_ms: Some(u64::try_from(max.as_millis()).unwrap_or(u64::MAX)),
+            max_lifetime_ms: Some(millis(max)),
+            idle_policy: Some(settings.policy.words()),
+            inhibitor_budget_ms: Some(millis(self.setup.inhibitor_budget)),
         }
     }
 
@@ -270,6 +290,7 @@ impl Sandboxes {
             }
             record.end = lifetime.terms().end.as_nanos();
         }
+        sandbox.trace_end();
         self.store.update(record).await
     }
 }

@@ -12,6 +12,7 @@ use guestd_protocol::wire::activity::v1 as wire;
 use super::{Sandbox, Sandboxes, explain};
 use crate::clock;
 use crate::store::Tombstone;
+use crate::trace::{Event, GuestHold};
 
 /// How long the end of a sandbox waits for the disk.
 const BURIAL_LIMIT: Duration = Duration::from_millis(500);
@@ -61,6 +62,11 @@ async fn live(sandboxes: &Sandboxes, sandbox: &Arc<Sandbox>) -> (EndReason, Opti
                 asked = Some((epoch, Box::pin(ask(Arc::clone(sandbox), epoch, idle_for, pause))));
                 continue;
             }
+            Step::Notify { reason, ends_in, idle_for } => {
+                sandboxes.metrics.noticed();
+                tokio::spawn(notify(Arc::clone(sandbox), reason, ends_in, idle_for));
+                continue;
+            }
         };
         tokio::select! {
             biased;
@@ -102,6 +108,19 @@ async fn ask(sandbox: Arc<Sandbox>, epoch: u64, idle_for: Duration, pause: Durat
             None
         }
         Err(_elapsed) => None,
+    }
+}
+
+/// Tells the guest of its end. An agent that does not answer is not asked again: the end comes all the same.
+async fn notify(sandbox: Arc<Sandbox>, reason: EndReason, ends_in: Duration, idle_for: Option<Duration>) {
+    match sandbox.link.notify(reason.name(), ends_in, idle_for).await {
+        Ok((true, report)) => keep(&sandbox, report),
+        Ok((false, report)) => {
+            let brief = brief(&report);
+            keep(&sandbox, report);
+            sandbox.change(|lifetime| lifetime.refuse_notice(brief, clock::now()));
+        }
+        Err(error) => tracing::warn!(sandbox = sandbox.record.id, %reason, %error, "a notice did not arrive"),
     }
 }
 
@@ -147,7 +166,7 @@ fn keep(sandbox: &Sandbox, mut report: wire::Report) {
         }
     }
     let mut kept = sandbox.report.lock().unwrap_or_else(PoisonError::into_inner);
-    let was_busy = kept.as_ref().is_some_and(|report| report.counting > 0);
+    let was_busy = kept.as_ref().is_some_and(|(_, report)| report.counting > 0);
     let news = match (was_busy, report.counting > 0) {
         (false, true) => report.holds.first().map(|hold| ("guest busy", &hold.class, &hold.origin)),
         (true, false) => Some(("guest idle after", &report.last_class, &report.last_origin)),
@@ -158,7 +177,22 @@ fn keep(sandbox: &Sandbox, mut report: wire::Report) {
         let line: String = format!("{what}: {class} {origin}").chars().take(NEWS_LIMIT).collect();
         sandbox.lifetime().note(clock::now(), line);
     }
-    *kept = Some(report);
+    sandbox.trace(|| Event::Report {
+        idle_for_ms: report.idle_for_ms,
+        last_class: report.last_class.clone(),
+        holds: report.holds.iter().map(traced).collect(),
+    });
+    *kept = Some((clock::now(), report));
+}
+
+fn traced(hold: &wire::Hold) -> GuestHold {
+    GuestHold {
+        id: hold.id,
+        class: hold.class.clone(),
+        origin: hold.origin.clone(),
+        age_ms: hold.age_ms,
+        since_progress_ms: hold.since_progress_ms,
+    }
 }
 
 /// Listens to the agent's reports, and again when the link broke, until it is aborted.
@@ -193,6 +227,7 @@ async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, releas
     let tombstone = Arc::new(tombstone(sandbox, reason, detail));
     sandboxes.bury(&tombstone);
     sandboxes.metrics.ended(reason);
+    sandbox.trace(|| Event::Ended { reason: reason.name().to_owned() });
     tracing::info!(
         sandbox = id,
         %reason,

@@ -1,6 +1,9 @@
 //! Why a sandbox is alive, or why it is gone (DESIGN.md section 4, rule 7).
 
-use guestd_idle::{Counting, EndReason};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use guestd_idle::{EndReason, IdleSettings};
 use guestd_protocol::wire::activity::v1 as wire;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +28,12 @@ pub struct Explanation {
     /// Oldest first.
     pub transitions: Vec<TransitionView>,
     pub ended: Option<EndView>,
+    /// What counts differently from the default in this sandbox: `class -> word`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub policy: BTreeMap<String, String>,
+    /// The notice before the end that the sandbox asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice_s: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,6 +74,7 @@ pub struct EndView {
 pub fn live(sandbox: &Sandbox) -> Explanation {
     let now = clock::now();
     let holds = holds(sandbox);
+    let settings = IdleSettings::parse(&sandbox.record.metadata).unwrap_or_default();
     let lifetime = sandbox.lifetime();
     Explanation {
         sandbox_id: sandbox.record.id.clone(),
@@ -83,6 +93,8 @@ pub fn live(sandbox: &Sandbox) -> Explanation {
             .collect(),
         holds,
         ended: None,
+        policy: settings.policy.words(),
+        notice_s: settings.notice.map(|notice| notice.as_secs()),
     }
 }
 
@@ -94,7 +106,7 @@ pub fn holds(sandbox: &Sandbox) -> Vec<HoldView> {
         let ledger = lifetime.host_ledger();
         let view = |(_, hold): (guestd_idle::HoldId, &guestd_idle::Hold)| HoldView {
             class: hold.class.name().to_owned(),
-            counts: ledger.policy().counting(hold.class) == Counting::WhileHeld,
+            counts: ledger.keeps(hold, now),
             origin: hold.origin.clone(),
             pid: hold.pid,
             age_s: now.since(hold.started).as_secs_f64(),
@@ -105,12 +117,16 @@ pub fn holds(sandbox: &Sandbox) -> Vec<HoldView> {
         ledger.by_blame().into_iter().map(view).collect()
     };
     let report = sandbox.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    all.extend(report.iter().flat_map(|report| &report.holds).map(guest_hold));
+    if let Some((came, report)) = report.as_ref() {
+        // Reports come when something changes: what they say of ages has gone on since.
+        let since = now.since(*came);
+        all.extend(report.holds.iter().map(|hold| guest_hold(hold, since)));
+    }
     all.sort_by_key(|hold| !hold.counts);
     all
 }
 
-fn guest_hold(hold: &wire::Hold) -> HoldView {
+fn guest_hold(hold: &wire::Hold, since: Duration) -> HoldView {
     /// The guest is not trusted: what it calls its holds may be of any length.
     const TEXT_LIMIT: usize = 300;
     let text = |text: &str| text.chars().take(TEXT_LIMIT).collect();
@@ -119,8 +135,8 @@ fn guest_hold(hold: &wire::Hold) -> HoldView {
         counts: hold.counts,
         origin: text(&hold.origin),
         pid: hold.pid,
-        age_s: hold.age_ms as f64 / 1000.0,
-        since_progress_s: hold.since_progress_ms as f64 / 1000.0,
+        age_s: hold.age_ms as f64 / 1000.0 + since.as_secs_f64(),
+        since_progress_s: hold.since_progress_ms as f64 / 1000.0 + since.as_secs_f64(),
         bytes: hold.bytes,
         side: "guest".to_owned(),
     }
@@ -129,7 +145,10 @@ fn guest_hold(hold: &wire::Hold) -> HoldView {
 /// Explains a sandbox that ended.
 pub fn gone(tombstone: &Tombstone) -> Explanation {
     let seconds = |millis: u64| millis as f64 / 1000.0;
+    let settings = IdleSettings::parse(&tombstone.metadata).unwrap_or_default();
     Explanation {
+        policy: settings.policy.words(),
+        notice_s: settings.notice.map(|notice| notice.as_secs()),
         sandbox_id: tombstone.id.clone(),
         state: "ended".to_owned(),
         idle_timeout_s: tombstone
@@ -177,6 +196,14 @@ pub fn describe(explanation: &Explanation) -> String {
                 .map_or("not while in use, or without an idle timeout".to_owned(), span);
             lines.push(format!("  releases in  {releases}"));
             lines.push(format!("  ends in      {}", span(explanation.ends_in_s)));
+            if !explanation.policy.is_empty() {
+                let words: Vec<_> =
+                    explanation.policy.iter().map(|(class, word)| format!("{class}={word}")).collect();
+                lines.push(format!("  policy       {}", words.join(" ")));
+            }
+            if let Some(notice) = explanation.notice_s {
+                lines.push(format!("  notice       {notice} s before the end"));
+            }
             push_holds(&mut lines, "holds", &explanation.holds);
         }
     }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use guestd_idle::{EndReason, HoldClass, HoldId, Lifetime, Limits};
+use guestd_idle::{EndReason, HoldClass, HoldId, IdleSettings, Lifetime, Limits, Moment};
 use guestd_protocol::wire::activity::v1 as wire;
 use subtle::ConstantTimeEq;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -24,6 +24,7 @@ use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::runtime::{Images, Machine, Runtime, Size};
 use crate::store::{Record, Store, Tombstone};
+use crate::trace::{Event, Trace};
 
 /// How long a tombstone is kept (DESIGN.md section 4, rule 7).
 const TOMBSTONE_LIFE: Duration = Duration::from_secs(3600);
@@ -38,8 +39,9 @@ pub struct Sandbox {
     pub link: Link,
     machine: Machine,
     lifetime: Mutex<Lifetime>,
-    /// The agent's newest report, for the explain view.
-    report: Mutex<Option<wire::Report>>,
+    /// The agent's newest report and when it came, for the explain view.
+    report: Mutex<Option<(Moment, wire::Report)>>,
+    trace: Option<Arc<Trace>>,
     /// Wakes the driver.
     changed: Notify,
     /// Turns true when its tombstone is on disk.
@@ -49,13 +51,20 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    fn new(record: Record, link: Link, machine: Machine, lifetime: Lifetime) -> Arc<Self> {
+    fn new(
+        record: Record,
+        link: Link,
+        machine: Machine,
+        lifetime: Lifetime,
+        trace: Option<Arc<Trace>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             record,
             link,
             machine,
             lifetime: Mutex::new(lifetime),
             report: Mutex::default(),
+            trace,
             changed: Notify::new(),
             buried: watch::Sender::new(false),
             over: watch::Sender::new(false),
@@ -79,7 +88,34 @@ impl Sandbox {
     /// When the sandbox has ended.
     pub fn admit(self: &Arc<Self>, class: HoldClass, origin: &str) -> Result<HostHold, EndReason> {
         let id = self.change(|lifetime| lifetime.admit(class, origin, clock::now()))?;
+        self.trace(|| Event::Hold {
+            id: id.get(),
+            class: class.name().to_owned(),
+            origin: origin.to_owned(),
+        });
         Ok(HostHold { sandbox: Arc::clone(self), id })
+    }
+
+    /// Writes a line of the trace, if there is one.
+    fn trace(&self, event: impl FnOnce() -> Event) {
+        if let Some(trace) = &self.trace {
+            trace.say(clock::now(), event());
+        }
+    }
+
+    /// Writes down a use without duration: an SDK's `connect`.
+    pub fn trace_touch(&self, origin: &str) {
+        let class = HoldClass::Connect.name().to_owned();
+        self.trace(|| Event::Touched { class, origin: origin.to_owned() });
+    }
+
+    /// Writes down that the hard end moved.
+    fn trace_end(&self) {
+        let end_ms = {
+            let lifetime = self.lifetime();
+            millis(lifetime.terms().end.since(lifetime.terms().started))
+        };
+        self.trace(|| Event::End { end_ms });
     }
 
     /// Resolves when the sandbox is over.
@@ -108,23 +144,32 @@ impl HostHold {
     /// The caller may call: from now on the request is use.
     pub fn confirm(&self) {
         self.sandbox.change(|lifetime| lifetime.confirm(self.id, clock::now()));
+        self.sandbox.trace(|| Event::Confirmed { id: self.id.get() });
     }
 
     /// Bytes passed on an upgraded connection.
     pub fn progress(&self, bytes: u64) {
         self.sandbox.lifetime().progress(self.id, bytes, clock::now());
+        self.sandbox.trace(|| Event::Progress { id: self.id.get() });
     }
 
     /// From being open to being used: an upgraded connection counts at each byte only.
     pub fn reclass(&self, class: HoldClass) {
         self.sandbox.change(|lifetime| lifetime.reclass(self.id, class, clock::now()));
+        let class = class.name().to_owned();
+        self.sandbox.trace(|| Event::Reclassed { id: self.id.get(), class });
     }
 }
 
 impl Drop for HostHold {
     fn drop(&mut self) {
         self.sandbox.change(|lifetime| lifetime.release_hold(self.id, clock::now()));
+        self.sandbox.trace(|| Event::Dropped { id: self.id.get() });
     }
+}
+
+fn millis(length: Duration) -> u64 {
+    u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a name or a token leads to.
@@ -151,6 +196,10 @@ pub struct Setup {
     pub runs: std::path::PathBuf,
     /// How many sandboxes may be alive at once.
     pub max_sandboxes: usize,
+    /// How long inhibitors may hold a sandbox in all.
+    pub inhibitor_budget: Duration,
+    /// The folder for traces of what happens.
+    pub idle_trace: Option<std::path::PathBuf>,
     /// For tests: a pause in each window of the two-phase release.
     pub release_pause: Duration,
 }
@@ -256,6 +305,23 @@ impl Sandboxes {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// The trace of a sandbox with these terms, if traces are written. A disk that fails costs the trace, not the sandbox.
+    fn begin_trace(&self, record: &Record, lifetime: &Lifetime) -> Option<Arc<Trace>> {
+        let folder = self.setup.idle_trace.as_ref()?;
+        let terms = lifetime.terms();
+        let trace = Trace::begin(folder, &record.id, terms.started)
+            .inspect_err(|error| tracing::error!(sandbox = record.id, %error, "no trace can be written"))
+            .ok()?;
+        let started = Event::Started {
+            sandbox: record.id.clone(),
+            idle_timeout_ms: terms.idle_timeout.map(millis),
+            end_ms: millis(terms.end.since(terms.started)),
+            policy: IdleSettings::parse(&record.metadata).unwrap_or_default().policy.words(),
+        };
+        trace.say(terms.started, started);
+        Some(trace)
     }
 
     /// Enters a sandbox that runs, and starts its driver.

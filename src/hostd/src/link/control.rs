@@ -130,6 +130,28 @@ impl Link {
         Ok((answer.ready, answer.report.into_option().unwrap_or_default()))
     }
 
+    /// Tells the agent that its sandbox ends soon. Whether it told the machine, and its report.
+    ///
+    /// # Errors
+    /// What the agent answered, or that it did not.
+    pub async fn notify(
+        &self,
+        reason: &str,
+        ends_in: Duration,
+        idle_for: Option<Duration>,
+    ) -> Result<(bool, wire::Report), ConnectError> {
+        let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+        let request = wire::NotifyRequest {
+            reason: reason.to_owned(),
+            ends_in_ms: millis(ends_in),
+            idle_for_ms: idle_for.map(millis),
+            ..Default::default()
+        };
+        let options = CallOptions::default().with_timeout(CALL_TIMEOUT);
+        let answer = self.activity().notify_with_options(request, options).await?.into_owned();
+        Ok((answer.told, answer.report.into_option().unwrap_or_default()))
+    }
+
     /// # Errors
     /// What the agent answered, or that it did not.
     pub async fn commit_release(&self, epoch: u64) -> Result<(), ConnectError> {
