@@ -159,15 +159,17 @@ impl Lifetime {
         }
     }
 
-    /// The lifetime of a sandbox found alive after a restart: its idle clock is the guest's, not the restart's.
+    /// The lifetime of a sandbox found alive after a restart: its idle clock goes on. `host_used` is the last use that the earlier
+    /// supervisor saw, which the guest need not know of: requests to a port of the guest pass by its agent.
     pub fn adopt(
         terms: Terms,
         settings: &IdleSettings,
         last_epoch: u64,
         report: GuestReport,
+        host_used: Option<Moment>,
         now: Moment,
     ) -> Self {
-        let used = now - report.idle_for;
+        let used = (now - report.idle_for).max(host_used.unwrap_or_default().min(now));
         let mut lifetime = Self::new(terms, settings, last_epoch, used);
         lifetime.report(report, now);
         lifetime
@@ -538,9 +540,16 @@ mod tests {
         let limits = Limits::default();
         let terms = Asked::parse(None, Some("60"), &limits).unwrap().starting(at(0), &limits);
         let report = idle_report(40, Duration::from_secs(50));
-        let lifetime = Lifetime::adopt(terms, &IdleSettings::default(), 3, report, at(100_000));
+        let lifetime = Lifetime::adopt(terms, &IdleSettings::default(), 3, report, None, at(100_000));
         assert_eq!(lifetime.releases_in(at(100_000)), Some(Duration::from_secs(10) + MARGIN));
         assert_eq!(lifetime.epoch(), 3);
+        let settings = IdleSettings::default();
+        let lifetime = Lifetime::adopt(terms, &settings, 3, report, Some(at(70_000)), at(100_000));
+        assert_eq!(
+            lifetime.releases_in(at(100_000)),
+            Some(Duration::from_secs(30) + MARGIN),
+            "a request to a port of the guest"
+        );
     }
 
     #[test]

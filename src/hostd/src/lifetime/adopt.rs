@@ -6,6 +6,7 @@ use std::time::Duration;
 use guestd_idle::{EndReason, GuestReport, IdleSettings, Lifetime, Moment, Terms};
 use http::HeaderValue;
 
+use super::use_mark::UseMark;
 use super::{Found, Sandbox, Sandboxes};
 use crate::clock;
 use crate::link::Link;
@@ -96,8 +97,9 @@ impl Sandboxes {
         // Larger than any epoch that the earlier supervisor can have used: it used one at most each quarter of a second.
         let epoch = now.as_nanos() / 1_000_000;
         // What was accepted once is read the same way again.
+        let folder = self.setup.runs.join(&record.id);
         let settings = IdleSettings::parse(&record.metadata).unwrap_or_default();
-        let mut lifetime = Lifetime::adopt(terms, &settings, epoch, report, now);
+        let mut lifetime = Lifetime::adopt(terms, &settings, epoch, report, UseMark::read(&folder, now), now);
         lifetime.note(now, "taken over by a restarted hostd");
         // Every live sandbox has a place, even if fewer are allowed now than before.
         let place = Arc::clone(&self.places).try_acquire_owned();
@@ -109,7 +111,7 @@ impl Sandboxes {
         });
         tracing::info!(sandbox = record.id, "took over a running sandbox");
         let trace = self.begin_trace(&record, &lifetime);
-        self.enter(Sandbox::new(record, link, machine, lifetime, trace), place);
+        self.enter(Sandbox::new(record, link, machine, lifetime, trace, UseMark::open(&folder)), place);
     }
 
     /// It ended while nobody looked: at its hard end if that is over, else by accident.

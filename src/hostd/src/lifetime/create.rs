@@ -11,6 +11,7 @@ use guestd_protocol::init::InitRequest;
 use http::HeaderValue;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use super::use_mark::UseMark;
 use super::{Sandbox, Sandboxes};
 use crate::clock;
 use crate::ids;
@@ -122,7 +123,8 @@ impl Sandboxes {
         match brought {
             Ok((machine, link, lifetime)) => {
                 let trace = self.begin_trace(&record, &lifetime);
-                let sandbox = Sandbox::new(record, link, machine, lifetime, trace);
+                let use_mark = UseMark::open(&self.setup.runs.join(&record.id));
+                let sandbox = Sandbox::new(record, link, machine, lifetime, trace, use_mark);
                 self.enter(Arc::clone(&sandbox), place);
                 self.metrics.created(begun.elapsed());
                 tracing::info!(sandbox = id, took_ms = begun.elapsed().as_millis(), "sandbox created");
@@ -158,8 +160,8 @@ impl Sandboxes {
             self.store.put(record.clone()).await?;
             let control = HeaderValue::from_str(&record.control).map_err(std::io::Error::other)?;
             let link = Link::new(machine.placement.transport.clone(), control);
-            record.envd_version =
-                self.reach(&machine, hello, &link, record, settings, env_vars, left).await?;
+            let request = self.init_request(record, settings, env_vars);
+            record.envd_version = self.reach(&machine, hello, &link, request, left).await?;
             let now = clock::now();
             let terms = asked.starting(now, &setup.limits);
             record.stage = Stage::Running;
@@ -192,9 +194,7 @@ impl Sandboxes {
         machine: &Machine,
         hello: Option<Hello>,
         link: &Link,
-        record: &Record,
-        settings: &IdleSettings,
-        env_vars: BTreeMap<String, String>,
+        mut request: InitRequest,
         left: Duration,
     ) -> Result<String, CreateError> {
         let limit = self.setup.runtime.boot_limit().min(left);
@@ -203,12 +203,13 @@ impl Sandboxes {
                 hello.heard().await?;
             }
             loop {
-                match link.init(&self.init_request(record, settings, &env_vars)).await {
+                request.timestamp = Some(clock::rfc3339(clock::wall_ms()));
+                match link.init(&request).await {
                     Ok(version) => return Ok(version),
                     Err(LinkError::Status(status)) => {
                         return Err(CreateError::Boot(format!("its agent refused /init with {status}")));
                     }
-                    Err(error) => tracing::trace!(sandbox = record.id, %error, "not up yet"),
+                    Err(error) => tracing::trace!(sandbox = request.sandbox_id, %error, "not up yet"),
                 }
                 tokio::time::sleep(TRY_AGAIN).await;
             }
@@ -228,15 +229,15 @@ impl Sandboxes {
         &self,
         record: &Record,
         settings: &IdleSettings,
-        env_vars: &BTreeMap<String, String>,
+        env_vars: BTreeMap<String, String>,
     ) -> InitRequest {
         let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
         // The agent's own end comes after the guard's: it is the last of three.
         let max = self.setup.limits.max_lifetime + Duration::from_secs(2);
         InitRequest {
-            env_vars: Some(env_vars.clone()),
+            env_vars: Some(env_vars),
             access_token: Some(record.access_token.clone()),
-            timestamp: Some(clock::rfc3339(clock::wall_ms())),
+            timestamp: None,
             default_user: Some(DEFAULT_USER.to_owned()),
             default_workdir: None,
             lifecycle_id: Some(record.id.clone()),

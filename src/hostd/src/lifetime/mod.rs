@@ -8,6 +8,7 @@ mod adopt;
 pub mod create;
 mod driver;
 pub mod explain;
+mod use_mark;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ use crate::metrics::Metrics;
 use crate::runtime::{Images, Machine, Runtime, Size};
 use crate::store::{Record, Store, Tombstone};
 use crate::trace::{Event, Trace};
+use use_mark::UseMark;
 
 /// How long a tombstone is kept (DESIGN.md section 4, rule 7).
 const TOMBSTONE_LIFE: Duration = Duration::from_secs(3600);
@@ -42,6 +44,7 @@ pub struct Sandbox {
     /// The agent's newest report and when it came, for the explain view.
     report: Mutex<Option<(Moment, wire::Report)>>,
     trace: Option<Arc<Trace>>,
+    use_mark: UseMark,
     /// Wakes the driver.
     changed: Notify,
     /// Turns true when its tombstone is on disk.
@@ -57,6 +60,7 @@ impl Sandbox {
         machine: Machine,
         lifetime: Lifetime,
         trace: Option<Arc<Trace>>,
+        use_mark: UseMark,
     ) -> Arc<Self> {
         Arc::new(Self {
             record,
@@ -65,6 +69,7 @@ impl Sandbox {
             lifetime: Mutex::new(lifetime),
             report: Mutex::default(),
             trace,
+            use_mark,
             changed: Notify::new(),
             buried: watch::Sender::new(false),
             over: watch::Sender::new(false),
@@ -80,6 +85,14 @@ impl Sandbox {
         let result = change(&mut self.lifetime());
         self.changed.notify_one();
         result
+    }
+
+    /// Changes the host's own holds: the driver learns of it, and a supervisor that comes after this one.
+    fn change_hold(&self, change: impl FnOnce(&mut Lifetime)) {
+        self.change(|lifetime| {
+            change(lifetime);
+            self.use_mark.write(lifetime.host_ledger(), true);
+        });
     }
 
     /// Takes a hold for a request that is being proxied.
@@ -143,19 +156,22 @@ pub struct HostHold {
 impl HostHold {
     /// The caller may call: from now on the request is use.
     pub fn confirm(&self) {
-        self.sandbox.change(|lifetime| lifetime.confirm(self.id, clock::now()));
+        self.sandbox.change_hold(|lifetime| lifetime.confirm(self.id, clock::now()));
         self.sandbox.trace(|| Event::Confirmed { id: self.id.get() });
     }
 
     /// Bytes passed on an upgraded connection.
     pub fn progress(&self, bytes: u64) {
-        self.sandbox.lifetime().progress(self.id, bytes, clock::now());
+        let mut lifetime = self.sandbox.lifetime();
+        lifetime.progress(self.id, bytes, clock::now());
+        self.sandbox.use_mark.write(lifetime.host_ledger(), false);
+        drop(lifetime);
         self.sandbox.trace(|| Event::Progress { id: self.id.get() });
     }
 
     /// From being open to being used: an upgraded connection counts at each byte only.
     pub fn reclass(&self, class: HoldClass) {
-        self.sandbox.change(|lifetime| lifetime.reclass(self.id, class, clock::now()));
+        self.sandbox.change_hold(|lifetime| lifetime.reclass(self.id, class, clock::now()));
         let class = class.name().to_owned();
         self.sandbox.trace(|| Event::Reclassed { id: self.id.get(), class });
     }
@@ -163,7 +179,7 @@ impl HostHold {
 
 impl Drop for HostHold {
     fn drop(&mut self) {
-        self.sandbox.change(|lifetime| lifetime.release_hold(self.id, clock::now()));
+        self.sandbox.change_hold(|lifetime| lifetime.release_hold(self.id, clock::now()));
         self.sandbox.trace(|| Event::Dropped { id: self.id.get() });
     }
 }
