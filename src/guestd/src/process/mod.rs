@@ -4,6 +4,8 @@
 //! clients read the output at their own pace and come and go without touching the process. `spec` turns a request into what `spawn`
 //! starts; `rpc` speaks `process.Process`.
 
+mod encode;
+mod follow;
 mod output;
 mod rpc;
 mod run;
@@ -20,7 +22,7 @@ use tokio::time::Instant;
 
 use crate::activity::{Activity, HoldGuard};
 
-pub use output::{Channel, End, Event, Reader};
+pub use output::{BeyondEnd, Channel, End, Event, Reader};
 pub use rpc::ProcessService;
 pub use spec::{Spec, SpecError};
 
@@ -63,6 +65,14 @@ impl Process {
     /// Attaches a client: it sees what comes from now on, and the end.
     pub fn attach(&self) -> Reader {
         self.output.attach()
+    }
+
+    /// Attaches a client that sees all output from `offset` on, as far as it is kept.
+    ///
+    /// # Errors
+    /// When the output has not come that far.
+    pub fn attach_at(&self, offset: u64) -> Result<Reader, BeyondEnd> {
+        self.output.attach_at(offset)
     }
 
     /// Writes all of `bytes`, or until `deadline`.
@@ -140,11 +150,14 @@ struct Table {
 pub struct Processes {
     table: Mutex<Table>,
     activity: Arc<Activity>,
+    /// What all kept output may take together.
+    budget: Arc<output::budget::Budget>,
 }
 
 impl Processes {
     pub fn new(activity: Arc<Activity>) -> Arc<Self> {
-        Arc::new(Self { table: Mutex::default(), activity })
+        let budget = output::budget::Budget::new(output::TOTAL_LIMIT);
+        Arc::new(Self { table: Mutex::default(), activity, budget })
     }
 
     /// Starts a process and attaches its first client before the first byte can come.
@@ -162,7 +175,7 @@ impl Processes {
         hold.name_process(child.pid);
         let process = Arc::new(Process {
             pid: child.pid,
-            output: output::Output::new(Attachment::of(hold)),
+            output: output::Output::new(Attachment::of(hold), Arc::clone(&self.budget)),
             stdin: tokio::sync::Mutex::new(child.stdin.take()),
             reaped: watch::Sender::new(false),
             spec,

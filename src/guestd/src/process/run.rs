@@ -6,18 +6,18 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use nix::sys::signal::Signal;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::AsyncRead;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
+use super::output::pipe::read_chunk;
 use super::output::{Channel, End, Status};
 use super::spawn::{Spawned, pending};
 use super::{Process, Processes, signals, sleep_until};
 
-/// The most that one data event carries (contract: envd.md section 2.6).
-const CHUNK: usize = 32 * 1024;
+/// How much a process may write before others have their turn, in bytes: a fraction of a millisecond.
+const TURN: usize = 256 * 1024;
 
 /// After the process's own end, how long to wait for the end of a pipe that something else (a background job) holds open.
 const LEAK_GRACE: Duration = Duration::from_millis(50);
@@ -72,34 +72,38 @@ async fn move_output(
     mut exited: watch::Receiver<bool>,
 ) {
     let Some(mut pipe) = pipe else { return };
-    let mut buffer = BytesMut::new();
+    let mut in_turn = 0;
     loop {
-        buffer.reserve(CHUNK);
-        let mut limited = (&mut pipe).take(CHUNK as u64);
-        let count = tokio::select! {
+        let read = tokio::select! {
             biased;
-            read = limited.read_buf(&mut buffer) => read,
+            read = read_chunk(&mut pipe) => read,
             _ = exited.wait_for(|exited| *exited) => break,
         };
-        match count {
-            Ok(0) | Err(_) => return,
-            Ok(_) => process.output.write(channel, buffer.split().freeze()).await,
+        match read {
+            Ok(bytes) if !bytes.is_empty() => {
+                in_turn += bytes.len();
+                process.output.write(channel, bytes).await;
+            }
+            _ => return,
+        }
+        // A process that floods does not keep the thread from the others.
+        if in_turn >= TURN {
+            in_turn = 0;
+            tokio::task::yield_now().await;
         }
     }
     // What is in the pipe now was written before the end: all of it is read, however slow the clients are.
     let mut left = pending(&pipe);
     let give_up = Instant::now() + LEAK_GRACE;
     loop {
-        buffer.reserve(CHUNK);
-        let mut limited = (&mut pipe).take(CHUNK as u64);
-        let read = limited.read_buf(&mut buffer);
-        let count = if left > 0 { Ok(read.await) } else { timeout_at(give_up, read).await };
-        match count {
-            Ok(Ok(0) | Err(_)) => return,
-            Ok(Ok(count)) => {
-                left = left.saturating_sub(count);
-                process.output.write(channel, buffer.split().freeze()).await;
+        let read = read_chunk(&mut pipe);
+        let read = if left > 0 { Ok(read.await) } else { timeout_at(give_up, read).await };
+        match read {
+            Ok(Ok(bytes)) if !bytes.is_empty() => {
+                left = left.saturating_sub(bytes.len());
+                process.output.write(channel, bytes).await;
             }
+            Ok(_) => return,
             Err(_elapsed) => {
                 tracing::debug!(
                     pid = process.pid,

@@ -1,0 +1,218 @@
+//! What a client of a process sees: start, data, end, with keepalives in between.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use connectrpc::{ConnectError, RequestContext};
+use futures_util::{Stream, stream};
+use guestd_protocol::wire::process as wire;
+use tokio::time::{Instant, sleep_until};
+use wire::process_event as event;
+
+use super::encode::Item;
+use super::output::{BeyondEnd, End, Event, Reader, Status};
+use super::{Process, signals};
+
+/// The header with which a client asks for keepalive frames, in whole seconds.
+const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
+const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
+const TIMEOUT_HEADER: &str = "connect-timeout-ms";
+
+/// The header with which a client asks for offsets, and on Connect for the output from that offset on.
+const OFFSET_HEADER: &str = "guestd-output-offset";
+
+/// What a client asks of its stream, beside the process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wishes {
+    keepalive: Duration,
+    pub(super) deadline: Option<Instant>,
+    offset: Option<u64>,
+}
+
+impl Wishes {
+    /// Of a Start. Its output begins at 0, so a client can only ask for offsets as such.
+    ///
+    /// # Errors
+    /// `invalid_argument` for a deadline or an offset that cannot be read, `out_of_range` for an offset that is not 0.
+    pub(super) fn of_start(ctx: &RequestContext) -> Result<Self, ConnectError> {
+        let wishes = Self::of_connect(ctx, None)?;
+        match wishes.offset {
+            Some(asked @ 1..) => Err(beyond_end(OFFSET_HEADER, &BeyondEnd { asked, end: 0 })),
+            _ => Ok(wishes),
+        }
+    }
+
+    /// Of a Connect; the message's own offset goes before the header's.
+    ///
+    /// # Errors
+    /// `invalid_argument` for a deadline or an offset that cannot be read.
+    pub(super) fn of_connect(ctx: &RequestContext, from_offset: Option<u64>) -> Result<Self, ConnectError> {
+        let in_header = offset(ctx)?;
+        Ok(Self { keepalive: keepalive(ctx), deadline: deadline(ctx)?, offset: from_offset.or(in_header) })
+    }
+
+    /// Attaches to a process, at the offset if one was asked for.
+    ///
+    /// # Errors
+    /// `out_of_range` when the output has not come that far.
+    pub(super) fn attach(&self, process: &Process) -> Result<Reader, ConnectError> {
+        match self.offset {
+            None => Ok(process.attach()),
+            Some(offset) => process.attach_at(offset).map_err(|error| beyond_end("from_offset", &error)),
+        }
+    }
+}
+
+fn beyond_end(field: &str, error: &BeyondEnd) -> ConnectError {
+    ConnectError::out_of_range(format!("{field}: {error}"))
+}
+
+/// # Errors
+/// `invalid_argument`: a client that wants no byte twice must not get new output only because of a misspelt number.
+fn offset(ctx: &RequestContext) -> Result<Option<u64>, ConnectError> {
+    let Some(value) = ctx.header(OFFSET_HEADER) else { return Ok(None) };
+    let digits = value.to_str().ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let offset = digits.and_then(|text| text.parse().ok());
+    offset.map(Some).ok_or_else(|| {
+        ConnectError::invalid_argument(format!("{OFFSET_HEADER}: must be a whole number of bytes below 2^64"))
+    })
+}
+
+/// Zero, negative and unreadable intervals are the default (contract: envd.md sections 2.9 and 11, weakness 9).
+fn keepalive(ctx: &RequestContext) -> Duration {
+    let asked =
+        ctx.header(KEEPALIVE_HEADER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
+    asked.filter(|seconds| *seconds > 0).map_or(KEEPALIVE_DEFAULT, Duration::from_secs)
+}
+
+/// The client's deadline (`Connect-Timeout-Ms`, at most ten digits).
+///
+/// # Errors
+/// `invalid_argument` when it cannot be read: a command must not run for ever because its limit was misspelt.
+fn deadline(ctx: &RequestContext) -> Result<Option<Instant>, ConnectError> {
+    if let Some(value) = ctx.header(TIMEOUT_HEADER) {
+        let text = value.to_str().unwrap_or_default();
+        if text.is_empty() || text.len() > 10 || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(ConnectError::invalid_argument(format!(
+                "{TIMEOUT_HEADER}: must be a whole number of milliseconds with at most ten digits"
+            )));
+        }
+    }
+    Ok(ctx.deadline().map(Instant::from_std))
+}
+
+/// One client's stream.
+#[derive(Debug)]
+pub(super) struct Follow {
+    reader: Reader,
+    ready: VecDeque<Item>,
+    /// The client asked for offsets.
+    offsets: bool,
+    interval: Duration,
+    next_keepalive: Instant,
+    deadline: Option<Instant>,
+    done: bool,
+}
+
+impl Follow {
+    pub(super) fn new(process: &Process, reader: Reader, wishes: &Wishes) -> Self {
+        let start = event::StartEvent { pid: process.pid, ..Default::default() };
+        Self {
+            reader,
+            ready: VecDeque::from([item(start)]),
+            offsets: wishes.offset.is_some(),
+            interval: wishes.keepalive,
+            next_keepalive: Instant::now() + wishes.keepalive,
+            deadline: wishes.deadline,
+            done: false,
+        }
+    }
+
+    pub(super) fn events(self) -> impl Stream<Item = Result<Item, ConnectError>> + Send + use<> {
+        stream::unfold(self, |mut follow| async move {
+            let next = follow.next().await?;
+            Some((next, follow))
+        })
+    }
+
+    async fn next(&mut self) -> Option<Result<Item, ConnectError>> {
+        if self.done {
+            return None;
+        }
+        if let Some(event) = self.ready.pop_front() {
+            return Some(Ok(event));
+        }
+        let event = tokio::select! {
+            biased;
+            event = self.reader.next() => event?,
+            () = super::sleep_until(self.deadline) => {
+                self.done = true;
+                return Some(Err(timed_out()));
+            }
+            () = sleep_until(self.next_keepalive) => {
+                self.next_keepalive = Instant::now() + self.interval;
+                return Some(Ok(item(event::KeepAlive::default())));
+            }
+        };
+        match event {
+            Event::Data { channel, offset, bytes } => {
+                self.next_keepalive = Instant::now() + self.interval;
+                Some(Ok(Item::Data { channel, bytes, offset: self.offsets.then_some(offset) }))
+            }
+            Event::Gap { from, to } => Some(Ok(item(event::GapEvent { from, to, ..Default::default() }))),
+            Event::End(end) => {
+                self.done = true;
+                // The stream whose deadline it was says so; a client that merely watched sees a killed process.
+                if end.timed_out && self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    return Some(Err(timed_out()));
+                }
+                Some(Ok(item(end_event(&end))))
+            }
+            Event::CutOff => {
+                self.done = true;
+                Some(Err(ConnectError::resource_exhausted(
+                    "this client read too slowly while others waited for the same output",
+                )))
+            }
+        }
+    }
+}
+
+fn item(event: impl Into<Option<event::Event>>) -> Item {
+    Item::Event(wire::ProcessEvent { event: event.into(), ..Default::default() })
+}
+
+fn timed_out() -> ConnectError {
+    ConnectError::deadline_exceeded("the command's timeout is over")
+}
+
+/// The texts are envd's (contract: envd.md section 2.7).
+fn end_event(end: &End) -> event::EndEvent {
+    let (exit_code, exited, status) = match end.status {
+        Status::Exited(code) => (code, true, format!("exit status {code}")),
+        Status::Signalled { signal, core_dumped } => {
+            let core = if core_dumped { " (core dumped)" } else { "" };
+            (-1, false, format!("signal: {}{core}", signals::name(signal)))
+        }
+    };
+    let error = (!exited || exit_code != 0).then(|| status.clone());
+    event::EndEvent { exit_code, exited, status, error, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_process_reads_as_envd_says_it() {
+        let end = |status| end_event(&End { status, timed_out: false });
+        let ok = end(Status::Exited(0));
+        assert_eq!((ok.exit_code, ok.exited, ok.status.as_str(), ok.error), (0, true, "exit status 0", None));
+        let three = end(Status::Exited(3));
+        assert_eq!(three.error.as_deref(), Some("exit status 3"));
+        let killed = end(Status::Signalled { signal: libc::SIGKILL, core_dumped: false });
+        assert_eq!((killed.exit_code, killed.exited, killed.status.as_str()), (-1, false, "signal: killed"));
+        let crashed = end(Status::Signalled { signal: libc::SIGSEGV, core_dumped: true });
+        assert_eq!(crashed.status, "signal: segmentation fault (core dumped)");
+    }
+}

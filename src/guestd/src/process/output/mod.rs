@@ -1,0 +1,398 @@
+//! The output of one process, between the task that reads its pipes and the clients that are attached.
+//!
+//! What the process writes goes to the end of a log of recent output ([`log`]) under one running byte offset for all its channels. The
+//! log is bounded by [`LOG_LIMIT`] and, together with those of all other processes, by [`TOTAL_LIMIT`] ([`budget`]). It stays after the
+//! last client went and, after the process's end, for as long as the process is remembered.
+//!
+//! Each client has a place of its own in the log, and its window is the log:
+//!
+//! - Without a client, output is logged and the oldest of it forgotten. The process never waits.
+//! - One client alone holds the process back when it is a whole window behind, as the reader of a pipe would: it loses nothing, and there
+//!   is no limit to the wait.
+//! - With several, the fastest sets the pace. One that is a whole window behind while the fastest is not has [`PATIENCE`] to come within
+//!   half a window. After that it is cut off and told so, or, when it asked for offsets, goes on behind a gap.
+//!
+//! A client that asks for an offset gets what is kept from there on, each piece with its offset, and a gap for what is not kept. Who does
+//! not ask sees new output only (contract: envd.md section 2.8).
+
+pub(super) mod budget;
+mod log;
+pub(super) mod pipe;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+use super::Attachment;
+use budget::Budget;
+use log::Log;
+
+/// What the log of one process may take, in bytes; also the window of each of its clients.
+const LOG_LIMIT: usize = 1024 * 1024;
+
+/// What the logs of all processes may take together, in bytes. A log that is empty takes one chunk all the same, so that a process
+/// goes on when others hold everything.
+pub const TOTAL_LIMIT: usize = 16 * 1024 * 1024;
+
+/// How long one client may hold up others.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Channel {
+    Stdout,
+    Stderr,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The exit code, or the signal's number.
+    pub status: Status,
+    /// It was killed because its time (`Connect-Timeout-Ms`) was over.
+    pub timed_out: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Exited(i32),
+    Signalled { signal: i32, core_dumped: bool },
+}
+
+/// What a client sees, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Bytes of one channel; the first of them is at `offset`.
+    Data {
+        channel: Channel,
+        offset: u64,
+        bytes: Bytes,
+    },
+    /// The bytes from `from` up to `to` are not kept any more. Only for who asked for offsets.
+    Gap {
+        from: u64,
+        to: u64,
+    },
+    End(End),
+    /// The client read too slowly while others waited.
+    CutOff,
+}
+
+/// The offset that a client asks for is not reached yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{asked} is beyond the end of the output, which is at {end}")]
+pub struct BeyondEnd {
+    pub asked: u64,
+    pub end: u64,
+}
+
+/// Where a client is.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// The offset of the next byte.
+    at: u64,
+    /// It asked for offsets and gets a gap instead of being cut off.
+    takes_gaps: bool,
+    /// Its place is kept: the writer waits before it forgets what is there.
+    kept: bool,
+}
+
+/// Whether the writer may go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Free,
+    /// Every client is a whole window behind.
+    AllBehind,
+    /// Some are, until this time.
+    SomeBehind(Instant),
+}
+
+#[derive(Debug)]
+struct State {
+    log: Log,
+    end: Option<End>,
+    places: HashMap<u64, Place>,
+    next_client: u64,
+    /// Since when some clients have held up the others.
+    behind_since: Option<Instant>,
+    attachment: Attachment,
+}
+
+impl State {
+    /// The offset from which on the log may not be forgotten.
+    fn needed(&self) -> u64 {
+        self.places.values().filter(|place| place.kept).map(|place| place.at).min().unwrap_or(u64::MAX)
+    }
+
+    /// Forgets the oldest output until `enough` says so; false when a client needs it.
+    fn forget_until(&mut self, enough: impl Fn(&Log) -> bool) -> bool {
+        let needed = self.needed();
+        while !enough(&self.log) {
+            match self.log.front_end() {
+                Some(end) if end <= needed => self.log.drop_front(),
+                Some(_) => return false,
+                None => return true,
+            }
+        }
+        true
+    }
+
+    fn is_behind(&self, place: &Place) -> bool {
+        place.kept && self.log.front_end().is_some_and(|end| place.at < end)
+    }
+
+    /// Cuts off, or leaves to their gaps, those that are a whole window behind.
+    fn leave_behind(&mut self) {
+        let Some(end) = self.log.front_end() else { return };
+        if !self.places.values().any(|place| place.kept && place.at >= end) {
+            return;
+        }
+        self.places.retain(|_, place| {
+            let behind = place.kept && place.at < end;
+            place.kept &= !behind;
+            !behind || place.takes_gaps
+        });
+        self.behind_since = None;
+        let clients = self.places.len();
+        self.attachment.clients(clients);
+        self.keep_the_only();
+    }
+
+    /// A client that is alone now is not left behind by anybody.
+    fn keep_the_only(&mut self) {
+        if self.places.len() == 1 {
+            self.places.values_mut().for_each(|place| place.kept = true);
+        }
+    }
+
+    /// Sees to room for `cost` bytes.
+    fn room(&mut self, cost: usize, budget: &Budget, used_by_others: usize) -> Room {
+        let enough = |log: &Log| {
+            log.held() + cost <= LOG_LIMIT && used_by_others + log.held() + cost <= budget.limit()
+        };
+        if self.forget_until(enough) {
+            if self.behind_since.is_some() && self.needed() >= self.log.middle() {
+                self.behind_since = None;
+            }
+            return Room::Free;
+        }
+        if self.places.values().all(|place| !place.kept || self.is_behind(place)) {
+            return Room::AllBehind;
+        }
+        Room::SomeBehind(*self.behind_since.get_or_insert_with(Instant::now) + PATIENCE)
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// There is something new to read.
+    readable: Notify,
+    /// There may be room again.
+    writable: Notify,
+    budget: Arc<Budget>,
+    /// The log's number in the budget.
+    number: u64,
+    me: Weak<Shared>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `change` and tells the budget what it did to the log.
+    fn change<T>(&self, change: impl FnOnce(&mut State, usize) -> T) -> T {
+        let mut state = self.lock();
+        let before = state.log.held();
+        let result = change(&mut state, self.budget.used().saturating_sub(before));
+        self.account(before, state.log.held());
+        result
+    }
+
+    fn account(&self, before: usize, after: usize) {
+        self.budget.account(before, after);
+        match (before, after) {
+            (0, 1..) => self.budget.enter(self.number, Weak::clone(&self.me)),
+            (1.., 0) => self.budget.leave(self.number),
+            _ => {}
+        }
+    }
+
+    /// Forgets what nobody needs down to `share` bytes.
+    fn shrink(&self, share: usize) {
+        self.change(|state, _| state.forget_until(|log| log.held() <= share));
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let held = self.lock().log.held();
+        self.account(held, 0);
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Output {
+    shared: Arc<Shared>,
+}
+
+impl Output {
+    pub(super) fn new(attachment: Attachment, budget: Arc<Budget>) -> Self {
+        let state = State {
+            log: Log::default(),
+            end: None,
+            places: HashMap::new(),
+            next_client: 0,
+            behind_since: None,
+            attachment,
+        };
+        let shared = Arc::new_cyclic(|me| Shared {
+            state: Mutex::new(state),
+            readable: Notify::new(),
+            writable: Notify::new(),
+            number: budget.number(),
+            budget,
+            me: Weak::clone(me),
+        });
+        Self { shared }
+    }
+
+    /// A client that sees what comes from now on, and the end.
+    pub(super) fn attach(&self) -> Reader {
+        self.enter(|end| Place { at: end, takes_gaps: false, kept: true })
+    }
+
+    /// A client that sees everything from `offset` on, as far as it is kept.
+    ///
+    /// # Errors
+    /// When the output has not come that far.
+    pub(super) fn attach_at(&self, offset: u64) -> Result<Reader, BeyondEnd> {
+        let end = self.shared.lock().log.end();
+        if offset > end {
+            return Err(BeyondEnd { asked: offset, end });
+        }
+        Ok(self.enter(|_| Place { at: offset, takes_gaps: true, kept: true }))
+    }
+
+    fn enter(&self, place: impl FnOnce(u64) -> Place) -> Reader {
+        let mut state = self.shared.lock();
+        let client = state.next_client;
+        state.next_client += 1;
+        let place = place(state.log.end());
+        state.places.insert(client, place);
+        let count = state.places.len();
+        state.attachment.clients(count);
+        drop(state);
+        // A writer that waits for a lone slow client has to learn that it holds up another now.
+        self.shared.writable.notify_waiters();
+        Reader { shared: Arc::clone(&self.shared), client, done: false }
+    }
+
+    /// Puts a chunk at the end of the log; waits while that would take from a client what it has yet to read.
+    pub(super) async fn write(&self, channel: Channel, bytes: Bytes) {
+        let shared = &self.shared;
+        let cost = log::cost(bytes.len());
+        shared.lock().attachment.progress(bytes.len());
+        loop {
+            let news = shared.writable.notified();
+            shared.budget.make_room(cost);
+            let room = shared.change(|state, used_by_others| {
+                let room = state.room(cost, &shared.budget, used_by_others);
+                if room == Room::Free {
+                    state.log.append(channel, bytes.clone());
+                }
+                room
+            });
+            match room {
+                Room::Free => return shared.readable.notify_waiters(),
+                Room::AllBehind => news.await,
+                Room::SomeBehind(until) => {
+                    if timeout_at(until, news).await.is_err() {
+                        shared.lock().leave_behind();
+                        shared.readable.notify_waiters();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Nothing comes after this.
+    pub(super) fn finish(&self, end: End) {
+        let mut state = self.shared.lock();
+        state.end = Some(end);
+        let clients = state.places.len();
+        state.attachment.ended(clients);
+        drop(state);
+        self.shared.readable.notify_waiters();
+    }
+}
+
+/// One attached client. Dropping it detaches it.
+#[derive(Debug)]
+pub struct Reader {
+    shared: Arc<Shared>,
+    client: u64,
+    done: bool,
+}
+
+impl Reader {
+    /// The next event; None after [`Event::End`] or [`Event::CutOff`].
+    pub async fn next(&mut self) -> Option<Event> {
+        if self.done {
+            return None;
+        }
+        loop {
+            // Created before the look: what is written in between wakes it.
+            let news = self.shared.readable.notified();
+            if let Some(event) = self.poll() {
+                self.done = matches!(event, Event::End(_) | Event::CutOff);
+                return Some(event);
+            }
+            news.await;
+        }
+    }
+
+    fn poll(&self) -> Option<Event> {
+        let mut guard = self.shared.lock();
+        let state = &mut *guard;
+        let Some(place) = state.places.get_mut(&self.client) else { return Some(Event::CutOff) };
+        let first = state.log.first();
+        if place.at < first {
+            let from = std::mem::replace(&mut place.at, first);
+            return Some(Event::Gap { from, to: first });
+        }
+        let Some((channel, bytes)) = state.log.read(place.at) else {
+            return state.end.clone().map(Event::End);
+        };
+        let offset = place.at;
+        place.at += bytes.len() as u64;
+        // One that has caught up is waited for again.
+        place.kept |= place.at == state.log.end();
+        let front = state.log.front_end().unwrap_or_default();
+        let freed = offset < front && front <= place.at;
+        drop(guard);
+        if freed {
+            self.shared.writable.notify_waiters();
+        }
+        Some(Event::Data { channel, offset, bytes })
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.places.remove(&self.client);
+        state.keep_the_only();
+        let count = state.places.len();
+        state.attachment.clients(count);
+        drop(state);
+        self.shared.writable.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests;

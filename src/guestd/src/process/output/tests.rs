@@ -1,0 +1,329 @@
+//! Who waits for whom, who loses what, and what is remembered.
+
+use tokio::task::yield_now;
+
+use super::pipe::CHUNK;
+use super::*;
+use crate::activity::Activity;
+
+fn output_in(budget: &Arc<Budget>) -> Arc<Output> {
+    let activity = Activity::new(guestd_idle::Policy::default());
+    let hold = activity.hold(guestd_idle::HoldClass::Command, "test");
+    Arc::new(Output::new(Attachment::of(hold), Arc::clone(budget)))
+}
+
+fn output() -> Arc<Output> {
+    output_in(&Budget::new(TOTAL_LIMIT))
+}
+
+/// A chunk whose bytes tell where in the output they are.
+fn chunk(number: usize) -> Bytes {
+    (number * CHUNK..(number + 1) * CHUNK).map(|at| (at % 251) as u8).collect()
+}
+
+fn end() -> End {
+    End { status: Status::Exited(0), timed_out: false }
+}
+
+async fn flood(output: &Output, chunks: std::ops::Range<usize>) {
+    for number in chunks {
+        output.write(Channel::Stdout, chunk(number)).await;
+        // Its readers have a turn, as on the agent's one thread.
+        yield_now().await;
+    }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    from: Option<u64>,
+    bytes: u64,
+    gaps: Vec<(u64, u64)>,
+    ended: bool,
+    cut_off: bool,
+}
+
+/// Reads to the end, and holds each byte to its offset.
+async fn drain(mut reader: Reader) -> Seen {
+    let mut seen = Seen::default();
+    let mut at = None;
+    while let Some(event) = reader.next().await {
+        match event {
+            Event::Data { offset, bytes, .. } => {
+                assert_eq!(*at.get_or_insert(offset), offset, "nothing is left out or repeated in silence");
+                assert!(bytes.iter().zip(offset..).all(|(byte, at)| u64::from(*byte) == at % 251));
+                seen.from.get_or_insert(offset);
+                seen.bytes += bytes.len() as u64;
+                at = Some(offset + bytes.len() as u64);
+            }
+            Event::Gap { from, to } => {
+                assert_eq!(*at.get_or_insert(from), from);
+                seen.gaps.push((from, to));
+                at = Some(to);
+            }
+            Event::End(_) => seen.ended = true,
+            Event::CutOff => seen.cut_off = true,
+        }
+    }
+    seen
+}
+
+const LONG: usize = 4 * LOG_LIMIT / CHUNK;
+const LONG_BYTES: u64 = 4 * LOG_LIMIT as u64;
+
+#[tokio::test]
+async fn output_without_a_client_never_blocks_and_is_not_shown_to_who_does_not_ask() {
+    let output = output();
+    flood(&output, 0..LONG).await;
+    let late = output.attach();
+    output.finish(end());
+    assert_eq!(drain(late).await, Seen { ended: true, ..Seen::default() });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_client_alone_holds_the_process_back_for_as_long_as_it_likes_and_loses_nothing() {
+    let output = output();
+    let reader = output.attach();
+    let writer = tokio::spawn({
+        let output = Arc::clone(&output);
+        async move {
+            flood(&output, 0..LONG).await;
+            output.finish(end());
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert!(!writer.is_finished(), "the log is bounded");
+    assert!(output.shared.lock().log.held() <= LOG_LIMIT);
+    assert_eq!(
+        drain(reader).await,
+        Seen { from: Some(0), bytes: LONG_BYTES, ended: true, ..Seen::default() }
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stalled_client_is_cut_off_and_the_live_one_loses_nothing_and_waits_ten_milliseconds() {
+    let output = output();
+    let stalled = output.attach();
+    let live = tokio::spawn(drain(output.attach()));
+    let began = Instant::now();
+    flood(&output, 0..LONG).await;
+    assert!(began.elapsed() <= PATIENCE + Duration::from_millis(1), "{:?}", began.elapsed());
+    output.finish(end());
+    assert_eq!(live.await.unwrap().bytes, LONG_BYTES);
+    let stalled = drain(stalled).await;
+    assert!(stalled.cut_off && !stalled.ended, "the stalled client is told that it lost output");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_slower_for_good_does_not_set_the_pace_a_chunk_at_a_time() {
+    let output = output();
+    let mut slow = output.attach();
+    let live = tokio::spawn(drain(output.attach()));
+    let slow = tokio::spawn(async move {
+        // 9 ms for each chunk: never quite the limit.
+        while let Some(event) = slow.next().await {
+            if event == Event::CutOff {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(9)).await;
+        }
+        false
+    });
+    let began = Instant::now();
+    flood(&output, 0..LONG).await;
+    assert!(began.elapsed() <= Duration::from_millis(20), "{:?}", began.elapsed());
+    output.finish(end());
+    assert_eq!(live.await.unwrap().bytes, LONG_BYTES);
+    assert!(slow.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stalled_client_that_asked_for_offsets_goes_on_behind_a_gap() {
+    let output = output();
+    let mut stalled = output.attach_at(0).unwrap();
+    let live = tokio::spawn(drain(output.attach()));
+    output.write(Channel::Stdout, chunk(0)).await;
+    let Some(Event::Data { offset: 0, .. }) = stalled.next().await else { panic!("the first chunk") };
+    flood(&output, 1..LONG).await;
+    output.finish(end());
+    assert_eq!(live.await.unwrap().bytes, LONG_BYTES);
+    let seen = drain(stalled).await;
+    let [(from, to)] = seen.gaps[..] else { panic!("{seen:?}") };
+    assert_eq!(from, CHUNK as u64);
+    assert_eq!(seen.bytes, LONG_BYTES - to);
+    assert!(seen.ended && !seen.cut_off);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_clients_that_both_stall_hold_the_process_back_and_neither_is_cut_off() {
+    let output = output();
+    let readers = [output.attach(), output.attach()];
+    let writer = tokio::spawn({
+        let output = Arc::clone(&output);
+        async move {
+            flood(&output, 0..LONG).await;
+            output.finish(end());
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(!writer.is_finished());
+    let readers = readers.map(|reader| tokio::spawn(drain(reader)));
+    for reader in readers {
+        assert_eq!(reader.await.unwrap().bytes, LONG_BYTES);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_client_frees_the_process_from_a_stalled_first() {
+    let output = output();
+    let stalled = output.attach();
+    let writer = tokio::spawn({
+        let output = Arc::clone(&output);
+        async move {
+            flood(&output, 0..LONG).await;
+            output.finish(end());
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let live = drain(output.attach()).await;
+    writer.await.unwrap();
+    assert!(live.ended && !live.cut_off);
+    assert!(drain(stalled).await.cut_off);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_frees_the_process() {
+    let output = output();
+    let reader = output.attach();
+    let writer = tokio::spawn({
+        let output = Arc::clone(&output);
+        async move { flood(&output, 0..LONG).await }
+    });
+    yield_now().await;
+    drop(reader);
+    writer.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_comes_back_at_its_offset_misses_nothing_and_sees_nothing_twice() {
+    let output = output();
+    let mut first = output.attach();
+    flood(&output, 0..8).await;
+    let mut read = 0;
+    while read < 3 * CHUNK as u64 + 1 {
+        let Some(Event::Data { bytes, .. }) = first.next().await else { panic!("data") };
+        read += bytes.len() as u64;
+    }
+    drop(first);
+    flood(&output, 8..16).await;
+    let second = output.attach_at(read - 7).unwrap();
+    flood(&output, 16..20).await;
+    output.finish(end());
+    let seen = drain(second).await;
+    assert_eq!((seen.from, seen.bytes), (Some(read - 7), 20 * CHUNK as u64 - (read - 7)));
+    assert!(seen.ended && seen.gaps.is_empty());
+}
+
+#[tokio::test]
+async fn what_the_log_forgot_is_a_gap_and_what_is_not_there_yet_an_error() {
+    let output = output();
+    flood(&output, 0..LONG).await;
+    assert_eq!(
+        output.attach_at(LONG_BYTES + 1).unwrap_err(),
+        BeyondEnd { asked: LONG_BYTES + 1, end: LONG_BYTES }
+    );
+    let at_the_end = output.attach_at(LONG_BYTES).unwrap();
+    let late = output.attach_at(5).unwrap();
+    output.finish(end());
+    let seen = drain(late).await;
+    let [(5, to)] = seen.gaps[..] else { panic!("{seen:?}") };
+    assert_eq!(seen.bytes, LONG_BYTES - to);
+    assert!(seen.bytes > LOG_LIMIT as u64 * 9 / 10, "{}", seen.bytes);
+    assert_eq!(drain(at_the_end).await, Seen { ended: true, ..Seen::default() });
+}
+
+#[tokio::test]
+async fn stdout_and_stderr_share_one_run_of_offsets() {
+    let output = output();
+    let mut reader = output.attach_at(0).unwrap();
+    output.write(Channel::Stdout, Bytes::from_static(b"one")).await;
+    output.write(Channel::Stderr, Bytes::from_static(b"two")).await;
+    output.write(Channel::Stdout, Bytes::from_static(b"three")).await;
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let Some(Event::Data { channel, offset, bytes }) = reader.next().await else { panic!("data") };
+        seen.push((channel, offset, bytes.to_vec()));
+    }
+    assert_eq!(
+        seen,
+        [
+            (Channel::Stdout, 0, b"one".to_vec()),
+            (Channel::Stderr, 3, b"two".to_vec()),
+            (Channel::Stdout, 6, b"three".to_vec())
+        ]
+    );
+}
+
+#[tokio::test]
+async fn logs_stay_within_their_budget_and_a_flood_does_not_take_the_history_of_the_quiet() {
+    let budget = Budget::new(4 * LOG_LIMIT);
+    let quiet = output_in(&budget);
+    quiet.write(Channel::Stdout, chunk(0)).await;
+    let floods: Vec<_> = (0..20).map(|_| output_in(&budget)).collect();
+    for _ in 0..3 {
+        for output in &floods {
+            flood(output, 0..LONG).await;
+            assert!(budget.used() <= 4 * LOG_LIMIT);
+        }
+    }
+    let reader = quiet.attach_at(0).unwrap();
+    quiet.finish(end());
+    let seen = drain(reader).await;
+    assert_eq!((seen.bytes, seen.gaps.len()), (CHUNK as u64, 0));
+    drop((floods, quiet));
+    assert_eq!(budget.used(), 0, "what is gone costs nothing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn stalled_clients_of_other_processes_leave_a_process_one_chunk_to_go_on_with() {
+    let budget = Budget::new(LOG_LIMIT);
+    let hog = output_in(&budget);
+    let stalled = hog.attach();
+    let hogging = tokio::spawn({
+        let hog = Arc::clone(&hog);
+        async move { flood(&hog, 0..LONG).await }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let other = output_in(&budget);
+    let reader = tokio::spawn(drain(other.attach()));
+    flood(&other, 0..LONG).await;
+    other.finish(end());
+    assert_eq!(reader.await.unwrap().bytes, LONG_BYTES);
+    assert!(budget.used() <= LOG_LIMIT + 2 * CHUNK);
+    drop(stalled);
+    hogging.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_thousand_quiet_processes_hold_nothing() {
+    let budget = Budget::new(TOTAL_LIMIT);
+    let outputs: Vec<_> = (0..1000).map(|_| output_in(&budget)).collect();
+    let readers: Vec<_> = outputs.iter().map(|output| output.attach()).collect();
+    assert_eq!((budget.used(), readers.len()), (0, 1000));
+}
+
+#[tokio::test]
+async fn a_command_counts_while_a_client_is_attached_and_until_its_end_was_read() {
+    let activity = Activity::new(guestd_idle::Policy::default());
+    let hold = activity.hold(guestd_idle::HoldClass::Command, "test");
+    let output = Output::new(Attachment::of(hold), Budget::new(TOTAL_LIMIT));
+    let first = output.attach();
+    assert_eq!(activity.report().counting, 1);
+    drop(first);
+    assert_eq!(activity.report().counting, 0, "detached");
+    let second = output.attach_at(0).unwrap();
+    assert_eq!(activity.report().counting, 1);
+    output.finish(end());
+    assert_eq!(activity.report().counting, 1, "the end is not read yet");
+    drop(second);
+    assert_eq!((activity.report().counting, activity.report().holds.len()), (0, 0));
+}
