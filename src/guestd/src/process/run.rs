@@ -11,13 +11,10 @@ use tokio::io::AsyncRead;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use super::output::pipe::read_chunk;
+use super::output::pipe::{SMALL, read_chunk, widen};
 use super::output::{Channel, End, Status};
 use super::spawn::{Spawned, pending};
 use super::{Process, Processes, signals, sleep_until};
-
-/// How much a process may write before others have their turn, in bytes: a fraction of a millisecond.
-const TURN: usize = 256 * 1024;
 
 /// After the process's own end, how long to wait for the end of a pipe that something else (a background job) holds open.
 const LEAK_GRACE: Duration = Duration::from_millis(50);
@@ -72,31 +69,30 @@ async fn move_output(
     mut exited: watch::Receiver<bool>,
 ) {
     let Some(mut pipe) = pipe else { return };
-    let mut in_turn = 0;
     loop {
         let read = tokio::select! {
             biased;
-            read = read_chunk(&mut pipe) => read,
+            read = read_chunk(&mut pipe, process.output.appetite()) => read,
             _ = exited.wait_for(|exited| *exited) => break,
         };
         match read {
             Ok(bytes) if !bytes.is_empty() => {
-                in_turn += bytes.len();
+                widen(&pipe, bytes.len());
+                let much = bytes.len() >= SMALL;
                 process.output.write(channel, bytes).await;
+                if much {
+                    // A process that floods does not keep the thread from the others.
+                    tokio::task::yield_now().await;
+                }
             }
             _ => return,
-        }
-        // A process that floods does not keep the thread from the others.
-        if in_turn >= TURN {
-            in_turn = 0;
-            tokio::task::yield_now().await;
         }
     }
     // What is in the pipe now was written before the end: all of it is read, however slow the clients are.
     let mut left = pending(&pipe);
     let give_up = Instant::now() + LEAK_GRACE;
     loop {
-        let read = read_chunk(&mut pipe);
+        let read = read_chunk(&mut pipe, process.output.appetite());
         let read = if left > 0 { Ok(read.await) } else { timeout_at(give_up, read).await };
         match read {
             Ok(Ok(bytes)) if !bytes.is_empty() => {

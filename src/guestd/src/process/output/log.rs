@@ -13,6 +13,9 @@ const OVERHEAD: usize = 160;
 /// fill its log with overhead.
 const MERGED: usize = 4096;
 
+/// The most that one data event carries (contract: envd.md section 2.6).
+pub(super) const EVENT: usize = 32 * 1024;
+
 /// The memory that a chunk of `length` bytes takes.
 pub(super) fn cost(length: usize) -> usize {
     length + OVERHEAD
@@ -83,7 +86,7 @@ impl Log {
         self.end += length as u64;
     }
 
-    /// What is kept from `offset` on, up to the end of its chunk.
+    /// What is kept from `offset` on, up to the end of its chunk and at most [`EVENT`] bytes.
     pub(super) fn read(&self, offset: u64) -> Option<(Channel, Bytes)> {
         // A reader that keeps up wants the last chunk.
         let index = match self.chunks.back() {
@@ -92,7 +95,8 @@ impl Log {
         };
         let chunk = self.chunks.get(index)?;
         let skipped = usize::try_from(offset.checked_sub(chunk.start)?).ok()?;
-        (skipped < chunk.bytes.len()).then(|| (chunk.channel, chunk.bytes.slice(skipped..)))
+        let end = chunk.bytes.len().min(skipped.saturating_add(EVENT));
+        (skipped < end).then(|| (chunk.channel, chunk.bytes.slice(skipped..end)))
     }
 
     pub(super) fn drop_front(&mut self) {

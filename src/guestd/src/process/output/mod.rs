@@ -34,7 +34,7 @@ use log::Log;
 /// What the log of one process may take, in bytes; also the window of each of its clients.
 const LOG_LIMIT: usize = 1024 * 1024;
 
-/// What the logs of all processes may take together, in bytes. A log that is empty takes one chunk all the same, so that a process
+/// What the logs of all processes may take together, in bytes. A log that is empty takes one small chunk all the same, so that a process
 /// goes on when others hold everything.
 pub const TOTAL_LIMIT: usize = 16 * 1024 * 1024;
 
@@ -290,6 +290,11 @@ impl Output {
         // A writer that waits for a lone slow client has to learn that it holds up another now.
         self.shared.writable.notify_waiters();
         Reader { shared: Arc::clone(&self.shared), client, done: false }
+    }
+
+    /// How much to read at once, in bytes: a log that is empty takes what was read, whatever others hold.
+    pub(super) fn appetite(&self) -> usize {
+        if self.shared.budget.is_over(pipe::LARGE) { pipe::SMALL } else { pipe::LARGE }
     }
 
     /// Puts a chunk at the end of the log; waits while that would take from a client what it has yet to read.

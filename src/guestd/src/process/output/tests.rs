@@ -2,7 +2,7 @@
 
 use tokio::task::yield_now;
 
-use super::pipe::CHUNK;
+use super::pipe::SMALL as CHUNK;
 use super::*;
 use crate::activity::Activity;
 
