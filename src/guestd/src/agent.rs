@@ -61,7 +61,8 @@ pub fn router(config: &Config) -> (Router, Arc<Access>, Arc<Inhibition>) {
     let inhibition = Inhibition::new(Arc::clone(&activity));
     let notices = Arc::new(Notices::new(Arc::clone(&activity), PathBuf::from(notice::HOOKS)));
     let processes = Processes::new(Arc::clone(&activity));
-    let files = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings)));
+    let files =
+        Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings), Arc::clone(&activity)));
     let system =
         Arc::new(System::new(Arc::clone(&access), Arc::clone(&settings), Arc::clone(&inhibition), config));
 

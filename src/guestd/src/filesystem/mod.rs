@@ -5,7 +5,7 @@
 //! else (contract: envd.md section 3). All file work happens on the blocking threads, never on the runtime's own.
 //!
 //! Where to look: `entry` describes one file, `list` walks, `change` and `transfer` alter the tree, `files` moves contents, `sys`
-//! has the system calls for extended attributes, `error` the failures.
+//! has the system calls for extended attributes, `watch` tells clients what changes, `error` the failures.
 
 mod change;
 mod entry;
@@ -17,12 +17,15 @@ mod sys;
 #[cfg(test)]
 mod tests;
 mod transfer;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use guestd_protocol::wire::filesystem::EntryInfo;
 
+use self::watch::Watchers;
+use crate::activity::Activity;
 use crate::identity::{Accounts, RequestUser, User, effective_user, resolve_path};
 use crate::settings::Settings;
 
@@ -34,6 +37,8 @@ pub use files::{FilesError, routes};
 pub struct Filesystem {
     accounts: Arc<Accounts>,
     settings: Arc<Settings>,
+    activity: Arc<Activity>,
+    watchers: Arc<Watchers>,
 }
 
 /// For whom an operation runs.
@@ -54,8 +59,9 @@ impl Caller {
 }
 
 impl Filesystem {
-    pub fn new(accounts: Arc<Accounts>, settings: Arc<Settings>) -> Self {
-        Self { accounts, settings }
+    pub fn new(accounts: Arc<Accounts>, settings: Arc<Settings>, activity: Arc<Activity>) -> Self {
+        let watchers = Watchers::new(Arc::clone(&accounts));
+        Self { accounts, settings, activity, watchers }
     }
 
     /// What is at a path, without following a link there (contract: envd.md sections 3.2 and 3.3).
@@ -131,6 +137,19 @@ impl Filesystem {
     /// [`FilesystemError::Root`], or what the operating system said.
     pub async fn remove(&self, user: RequestUser, path: String) -> Result<(), FilesystemError> {
         self.run(user, move |_, caller| change::remove(&caller.resolve(&path)?)).await
+    }
+
+    /// What a watch of a client's path is about.
+    async fn watch_spec(
+        &self,
+        user: RequestUser,
+        path: String,
+        options: watch::Options,
+    ) -> Result<watch::Spec, FilesystemError> {
+        self.run(user, move |_, caller| {
+            Ok(watch::Spec { path: caller.resolve(&path)?, options, user: caller.user.clone() })
+        })
+        .await
     }
 
     /// Runs one operation on a blocking thread, where the caller's user is looked up as well.

@@ -1,9 +1,11 @@
 //! The Connect face of [`Filesystem`]: takes requests apart and puts replies together (contract: envd.md sections 1 and 3).
 
-use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use connectrpc::{RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use guestd_protocol::wire::filesystem as wire;
 
 use super::Filesystem;
+use super::watch::Options;
+use super::watch::stream::Manner;
 use crate::identity::RequestUser;
 
 /// A server without the middleware that inserts it has no Basic users.
@@ -64,37 +66,51 @@ impl wire::Filesystem for Filesystem {
 
     async fn watch_dir(
         &self,
-        _context: RequestContext,
-        _request: ServiceRequest<'_, wire::WatchDirRequest>,
+        context: RequestContext,
+        request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        Err(no_watching())
+        let manner = Manner::of(&context)?;
+        let options = Options {
+            recursive: request.recursive,
+            include_entry: request.include_entry,
+            allow_network_mounts: request.allow_network_mounts,
+        };
+        let spec = self.watch_spec(user(&context), request.path.to_owned(), options).await?;
+        let stream = self.watchers.follow(spec, manner, &self.activity).await?;
+        Response::stream_ok(stream)
     }
 
     async fn create_watcher(
         &self,
-        _context: RequestContext,
-        _request: ServiceRequest<'_, wire::CreateWatcherRequest>,
+        context: RequestContext,
+        request: ServiceRequest<'_, wire::CreateWatcherRequest>,
     ) -> ServiceResult<wire::CreateWatcherResponse> {
-        Err(no_watching())
+        let options = Options {
+            recursive: request.recursive,
+            include_entry: request.include_entry,
+            allow_network_mounts: request.allow_network_mounts,
+        };
+        let spec = self.watch_spec(user(&context), request.path.to_owned(), options).await?;
+        let watcher_id = self.watchers.create(spec).await?;
+        Response::ok(wire::CreateWatcherResponse { watcher_id, ..Default::default() })
     }
 
     async fn get_watcher_events(
         &self,
         _context: RequestContext,
-        _request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
+        request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
     ) -> ServiceResult<wire::GetWatcherEventsResponse> {
-        Err(no_watching())
+        let events = self.watchers.events(request.watcher_id).await?;
+        let events = events.into_iter().map(wire::FilesystemEvent::from).collect();
+        Response::ok(wire::GetWatcherEventsResponse { events, ..Default::default() })
     }
 
     async fn remove_watcher(
         &self,
         _context: RequestContext,
-        _request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
+        request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
     ) -> ServiceResult<wire::RemoveWatcherResponse> {
-        Err(no_watching())
+        self.watchers.remove(request.watcher_id)?;
+        Response::ok(wire::RemoveWatcherResponse::default())
     }
-}
-
-fn no_watching() -> ConnectError {
-    ConnectError::unimplemented("watching is not available in this version of guestd")
 }

@@ -47,7 +47,8 @@ impl Fixture {
         let accounts = Arc::new(Accounts::new(&base));
         let settings = Arc::new(Settings::new(false));
         settings.update(|values| values.default_user = "tester".to_owned());
-        let filesystem = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings)));
+        let activity = crate::activity::Activity::new(guestd_idle::Policy::default());
+        let filesystem = Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings), activity));
         Self { _root: root, home, accounts, settings, filesystem }
     }
 

@@ -84,16 +84,3 @@ async fn the_user_of_the_request_owns_what_it_makes() {
     let (_, reply) = call(&fixture, "MakeDir", json!({ "path": "d" }), Some(other)).await;
     assert_eq!((&reply["entry"]["owner"], &reply["entry"]["group"]), (&json!("other"), &json!("others")));
 }
-
-#[tokio::test]
-async fn watching_is_declined_for_now() {
-    let fixture = Fixture::new();
-    for method in ["CreateWatcher", "GetWatcherEvents", "RemoveWatcher"] {
-        let (status, reply) = call(&fixture, method, json!({}), None).await;
-        assert_eq!(
-            (status, &reply["code"]),
-            (StatusCode::NOT_IMPLEMENTED, &json!("unimplemented")),
-            "{method}"
-        );
-    }
-}
