@@ -27,11 +27,14 @@ def test_events_come_in_order_and_nothing_follows_the_end(agent):
     ran = start(agent, "/bin/bash", "-c", "echo out; echo err >&2; exit 3")
     assert (ran.order[0], ran.order[-2], ran.order[-1]) == ("start", "end", "end frame")
     assert (ran.stdout, ran.stderr) == (b"out\n", b"err\n")
+    assert ran.end.pop("record")["exitCode"] == 3
     assert ran.end == {"exitCode": 3, "exited": True, "status": "exit status 3", "error": "exit status 3"}
 
 
 def test_success_leaves_the_default_values_out(agent):
-    assert start(agent, "/bin/true").end == {"exited": True, "status": "exit status 0"}
+    end = start(agent, "/bin/true").end
+    assert end.pop("record")["cause"] == "exited"
+    assert end == {"exited": True, "status": "exit status 0"}
 
 
 def test_a_signal_is_told_in_gos_words(agent):

@@ -49,6 +49,7 @@ class Ran:
     pid: int | None = None
     stdout: bytes = b""
     stderr: bytes = b""
+    pty: bytes = b""
     keepalives: int = 0
     end: dict | None = None
     error: dict | None = None
@@ -67,6 +68,7 @@ class Ran:
         elif kind == "data":
             self.stdout += base64.b64decode(value.get("stdout", ""))
             self.stderr += base64.b64decode(value.get("stderr", ""))
+            self.pty += base64.b64decode(value.get("pty", ""))
         elif kind == "keepalive":
             self.keepalives += 1
         else:

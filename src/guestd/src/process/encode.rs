@@ -33,6 +33,7 @@ fn field(channel: Channel) -> (u8, &'static str) {
     match channel {
         Channel::Stdout => (1, "stdout"),
         Channel::Stderr => (2, "stderr"),
+        Channel::Pty => (3, "pty"),
     }
 }
 
@@ -157,6 +158,7 @@ mod tests {
         let output = match channel {
             Channel::Stdout => event::data_event::Output::Stdout(bytes.to_vec()),
             Channel::Stderr => event::data_event::Output::Stderr(bytes.to_vec()),
+            Channel::Pty => event::data_event::Output::Pty(bytes.to_vec()),
         };
         let data = event::DataEvent { output: Some(output), offset, ..Default::default() };
         wire::ProcessEvent { event: data.into(), ..Default::default() }
@@ -165,7 +167,7 @@ mod tests {
     #[test]
     fn a_data_event_by_hand_is_the_generated_one_byte_for_byte() {
         let noise: Vec<u8> = (0..40_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-        for channel in [Channel::Stdout, Channel::Stderr] {
+        for channel in [Channel::Stdout, Channel::Stderr, Channel::Pty] {
             for length in [0, 1, 2, 3, 63, 100, 127, 128, 129, 8192, 16_383, 16_384, 32_768, 40_000] {
                 for offset in [None, Some(0), Some(127), Some(128), Some(1 << 40), Some(u64::MAX)] {
                     let bytes = Bytes::copy_from_slice(&noise[..length]);

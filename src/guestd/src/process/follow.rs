@@ -11,7 +11,7 @@ use wire::process_event as event;
 
 use super::encode::Item;
 use super::output::{BeyondEnd, End, Event, Reader, Status};
-use super::{Process, signals};
+use super::{Process, exit, signals};
 
 /// The header with which a client asks for keepalive frames, in whole seconds.
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
@@ -196,7 +196,8 @@ fn end_event(end: &End) -> event::EndEvent {
         }
     };
     let error = (!exited || exit_code != 0).then(|| status.clone());
-    event::EndEvent { exit_code, exited, status, error, ..Default::default() }
+    let record = exit::to_wire(end).into();
+    event::EndEvent { exit_code, exited, status, error, record, ..Default::default() }
 }
 
 #[cfg(test)]
@@ -205,7 +206,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_process_reads_as_envd_says_it() {
-        let end = |status| end_event(&End { status, timed_out: false });
+        let end = |status| end_event(&End { status, timed_out: false, record: Default::default() });
         let ok = end(Status::Exited(0));
         assert_eq!((ok.exit_code, ok.exited, ok.status.as_str(), ok.error), (0, true, "exit status 0", None));
         let three = end(Status::Exited(3));

@@ -2,29 +2,47 @@
 //!
 //! [`Processes`] owns the table. Each process has one task (`run`) that owns its child and is the only one to write its [`output`];
 //! clients read the output at their own pace and come and go without touching the process. `spec` turns a request into what `spawn`
-//! starts; `rpc` speaks `process.Process`.
+//! starts, in a `fork` of its own; `leader` is what is waited for, `terminal` and `input` what is written to, `exit` how it ended; `rpc`
+//! speaks `process.Process`.
 
 mod encode;
+mod exit;
 mod follow;
+mod fork;
+mod holders;
+mod input;
+mod leader;
 mod output;
 mod rpc;
 mod run;
 mod signals;
 mod spawn;
 mod spec;
+mod terminal;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use guestd_idle::HoldClass;
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::activity::{Activity, HoldGuard};
 
+use exit::Kill;
+use input::Input;
+
+pub use exit::{Cause, Record};
+pub use holders::Holder;
+pub use input::{InputError, InputKind};
+pub use leader::{Ended, Leader, Usage};
 pub use output::{BeyondEnd, Channel, End, Event, Reader};
 pub use rpc::ProcessService;
 pub use spec::{Spec, SpecError};
+pub use terminal::{Size, Terminal};
 
 /// How long the end of a process is kept for a client that comes late (contract: envd.md section 2.8).
 const RETAINED: Duration = Duration::from_secs(30);
@@ -38,16 +56,16 @@ pub enum ProcessError {
     NoPid(u32),
     #[error("process with tag {0} not found")]
     NoTag(String),
-    #[error("error starting process '{command}': {source}")]
-    Spawn { command: String, source: std::io::Error },
-    #[error("error writing to stdin: stdin not enabled or closed")]
-    StdinClosed,
-    #[error("error writing to stdin: {0}")]
-    StdinBroken(std::io::Error),
-    #[error("error writing to stdin: the process did not read it in time")]
-    StdinStalled,
+    #[error("error starting {} '{command}': {source}", if *.terminal { "pty with command" } else { "process" })]
+    Spawn { command: String, terminal: bool, source: std::io::Error },
+    #[error(transparent)]
+    Input(#[from] InputError),
     #[error("error sending signal: {0}")]
-    Signal(nix::errno::Errno),
+    Signal(Errno),
+    #[error("error resizing tty: tty not assigned to process")]
+    NoTerminal,
+    #[error("error resizing tty: {0}")]
+    Resize(std::io::Error),
 }
 
 /// One process, alive or just ended.
@@ -56,7 +74,11 @@ pub struct Process {
     pub pid: u32,
     pub spec: Spec,
     output: output::Output,
-    stdin: tokio::sync::Mutex<Option<tokio::process::ChildStdin>>,
+    input: Input,
+    /// Until its end: a terminal that nobody uses any more is given back.
+    terminal: Mutex<Option<Arc<Terminal>>>,
+    /// The last attempt to end it.
+    kill: Mutex<Option<Kill>>,
     /// Turns true when the process was reaped.
     reaped: watch::Sender<bool>,
 }
@@ -78,50 +100,99 @@ impl Process {
     /// Writes all of `bytes`, or until `deadline`.
     ///
     /// # Errors
-    /// When stdin is closed or was never open, the process closed its end, or it did not read in time.
-    pub async fn write_stdin(&self, bytes: &[u8], deadline: Option<Instant>) -> Result<(), ProcessError> {
-        use tokio::io::AsyncWriteExt;
-        let write = async {
-            let mut stdin = self.stdin.lock().await;
-            let pipe = stdin.as_mut().ok_or(ProcessError::StdinClosed)?;
-            pipe.write_all(bytes).await.map_err(ProcessError::StdinBroken)
-        };
-        let mut reaped = self.reaped.subscribe();
-        tokio::select! {
-            written = write => written,
-            // A grandchild may hold the reading end and never read: the command itself is gone.
-            _ = reaped.wait_for(|reaped| *reaped) => Err(ProcessError::StdinClosed),
-            () = sleep_until(deadline) => Err(ProcessError::StdinStalled),
-        }
+    /// When the process has no input of that kind or it is closed, or it did not read in time.
+    pub async fn write(
+        &self,
+        kind: InputKind,
+        bytes: &[u8],
+        deadline: Option<Instant>,
+    ) -> Result<(), ProcessError> {
+        // Before the process takes it: whoever types is there, whatever the program does.
+        self.output.progress(bytes.len());
+        Ok(self.input.write(kind, bytes, deadline).await?)
     }
 
     /// Closes stdin; closing it again is no error.
-    pub async fn close_stdin(&self) {
-        let mut reaped = self.reaped.subscribe();
-        tokio::select! {
-            biased;
-            mut stdin = self.stdin.lock() => drop(stdin.take()),
-            _ = reaped.wait_for(|reaped| *reaped) => {}
-        }
+    ///
+    /// # Errors
+    /// For a terminal.
+    pub async fn close_stdin(&self) -> Result<(), ProcessError> {
+        Ok(self.input.close().await?)
     }
 
-    /// Signals the process, then its group: what it started ends with it. After SIGKILL it is gone when this returns.
+    /// Sets the size of its terminal; numbers as a client sends them.
+    ///
+    /// # Errors
+    /// [`ProcessError::NoTerminal`] when it has none.
+    pub fn resize(&self, columns: u32, rows: u32) -> Result<(), ProcessError> {
+        let terminal = self.terminal().ok_or(ProcessError::NoTerminal)?;
+        let size = Size::from_wire(columns, rows, terminal.size());
+        terminal.resize(size).map_err(ProcessError::Resize)
+    }
+
+    pub fn has_terminal(&self) -> bool {
+        self.spec.terminal.is_some()
+    }
+
+    /// Asks the process to end (SIGTERM: its group, and the job that its terminal's keyboard belongs to) or ends it with everything that
+    /// it started (SIGKILL). After SIGKILL it is gone when this returns. `by` is who wants that.
     ///
     /// # Errors
     /// [`ProcessError::NoPid`] when it has finished already: SDKs turn it into "there was nothing to kill".
-    pub async fn signal(&self, signal: nix::sys::signal::Signal) -> Result<(), ProcessError> {
+    pub async fn signal(&self, signal: Signal, by: &str) -> Result<(), ProcessError> {
         if *self.reaped.borrow() {
             return Err(ProcessError::NoPid(self.pid));
         }
-        signals::to_group(self.pid, signal).map_err(|error| match error {
-            nix::errno::Errno::ESRCH => ProcessError::NoPid(self.pid),
+        let kill = Kill::Signal { signal: signal as i32, by: by.to_owned() };
+        let sent = if signal == Signal::SIGKILL { self.end_all(kill) } else { self.ask(signal, kill) };
+        sent.map_err(|error| match error {
+            Errno::ESRCH => ProcessError::NoPid(self.pid),
             error => ProcessError::Signal(error),
         })?;
-        if signal == nix::sys::signal::Signal::SIGKILL {
+        if signal == Signal::SIGKILL {
             let mut reaped = self.reaped.subscribe();
             let _slow_exit = tokio::time::timeout(REAP_WAIT, reaped.wait_for(|reaped| *reaped)).await;
         }
         Ok(())
+    }
+
+    fn ask(&self, signal: Signal, kill: Kill) -> Result<(), Errno> {
+        self.note(kill);
+        signals::to_group(self.pid, signal)?;
+        self.signal_foreground(signal);
+        Ok(())
+    }
+
+    /// Ends the process and what it started.
+    fn end_all(&self, kill: Kill) -> Result<(), Errno> {
+        self.note(kill);
+        // Asked for before its session loses its leader.
+        self.signal_foreground(Signal::SIGKILL);
+        signals::to_group(self.pid, Signal::SIGKILL)
+    }
+
+    fn signal_foreground(&self, signal: Signal) {
+        if let Some(terminal) = self.terminal() {
+            signals::to_foreground(terminal.foreground(), self.pid, signal);
+        }
+    }
+
+    fn terminal(&self) -> Option<Arc<Terminal>> {
+        self.terminal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, kill: Kill) {
+        *self.kill.lock().unwrap_or_else(PoisonError::into_inner) = Some(kill);
+    }
+
+    fn kill(&self) -> Option<Kill> {
+        self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// After the process's end: writers are told, and the descriptors given back.
+    async fn release_input(&self) {
+        self.input.end().await;
+        self.terminal.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
@@ -169,14 +240,22 @@ impl Processes {
         spec: Spec,
         deadline: Option<Instant>,
     ) -> Result<(Arc<Process>, Reader), ProcessError> {
-        let hold = self.activity.hold(guestd_idle::HoldClass::Command, &spec.command_line());
-        let mut child = spawn::spawn(&spec)
-            .map_err(|source| ProcessError::Spawn { command: spec.command_line(), source })?;
-        hold.name_process(child.pid);
+        let class = spec.terminal.map_or(HoldClass::Command, |_| HoldClass::Terminal);
+        let hold = self.activity.hold(class, &spec.command_line());
+        let spawn::Spawned { pid, leader, sink, sources } = spawn::spawn(&spec, None).map_err(|source| {
+            ProcessError::Spawn { command: spec.command_line(), terminal: spec.terminal.is_some(), source }
+        })?;
+        hold.name_process(pid);
+        let terminal = match &sources {
+            spawn::Sources::Terminal(terminal) => Some(Arc::clone(terminal)),
+            spawn::Sources::Pipes { .. } => None,
+        };
         let process = Arc::new(Process {
-            pid: child.pid,
-            output: output::Output::new(Attachment::of(hold), Arc::clone(&self.budget)),
-            stdin: tokio::sync::Mutex::new(child.stdin.take()),
+            pid,
+            output: output::Output::new(Attachment::new(hold, class), Arc::clone(&self.budget)),
+            input: Input::new(sink),
+            terminal: Mutex::new(terminal),
+            kill: Mutex::default(),
             reaped: watch::Sender::new(false),
             spec,
         });
@@ -184,13 +263,13 @@ impl Processes {
         {
             let mut table = self.lock();
             // The number was used before: its old owner is not what a client asks for now.
-            table.ended.remove(&child.pid);
+            table.ended.remove(&pid);
             if let Some(tag) = &process.spec.tag {
                 table.ended.retain(|_, ended| ended.spec.tag.as_ref() != Some(tag));
             }
-            table.live.insert(child.pid, Arc::clone(&process));
+            table.live.insert(pid, Arc::clone(&process));
         }
-        tokio::spawn(run::run(Arc::clone(self), Arc::clone(&process), child, deadline));
+        tokio::spawn(run::run(Arc::clone(self), Arc::clone(&process), leader, sources, deadline));
         Ok((process, reader))
     }
 
@@ -260,12 +339,19 @@ fn find(table: &HashMap<u32, Arc<Process>>, selector: &Selector) -> Result<Arc<P
 #[derive(Debug)]
 pub struct Attachment {
     hold: Option<HoldGuard>,
+    /// What it is while a client is attached: a command, which counts for being so, or a terminal, which counts at each byte.
+    class: HoldClass,
     ended: bool,
 }
 
 impl Attachment {
+    fn new(hold: HoldGuard, class: HoldClass) -> Self {
+        Self { hold: Some(hold), class, ended: false }
+    }
+
+    #[cfg(test)]
     fn of(hold: HoldGuard) -> Self {
-        Self { hold: Some(hold), ended: false }
+        Self::new(hold, HoldClass::Command)
     }
 
     /// The number of attached clients changed.
@@ -274,9 +360,7 @@ impl Attachment {
             self.hold = None;
         }
         if let Some(hold) = &self.hold {
-            let class =
-                if count == 0 { guestd_idle::HoldClass::Detached } else { guestd_idle::HoldClass::Command };
-            hold.reclass(class);
+            hold.reclass(if count == 0 { HoldClass::Detached } else { self.class });
         }
     }
 

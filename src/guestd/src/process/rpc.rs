@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
 use super::follow::{Follow, Wishes};
-use super::{Process, ProcessError, Processes, Selector, Spec, SpecError};
+use super::{InputError, InputKind, Process, ProcessError, Processes, Selector, Spec, SpecError};
 use crate::identity::{Accounts, IdentityError, RequestUser, effective_user};
 use crate::settings::Settings;
 
@@ -37,12 +37,15 @@ impl From<ProcessError> for ConnectError {
                 Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ENOSPC) => {
                     ErrorCode::ResourceExhausted
                 }
+                _ if source.kind() == std::io::ErrorKind::TimedOut => ErrorCode::Unavailable,
                 _ => ErrorCode::InvalidArgument,
             },
-            ProcessError::StdinStalled => ErrorCode::DeadlineExceeded,
-            ProcessError::StdinClosed | ProcessError::StdinBroken(_) | ProcessError::Signal(_) => {
-                ErrorCode::Internal
-            }
+            ProcessError::Input(InputError::Stalled { .. }) => ErrorCode::DeadlineExceeded,
+            ProcessError::Input(InputError::NoCloseForTerminal) => ErrorCode::Unknown,
+            ProcessError::Input(_)
+            | ProcessError::Signal(_)
+            | ProcessError::NoTerminal
+            | ProcessError::Resize(_) => ErrorCode::Internal,
         };
         Self::new(code, error.to_string())
     }
@@ -91,11 +94,6 @@ impl wire::Process for ProcessService {
     ) -> ServiceResult<ServiceStream<impl Encodable<wire::StartResponse> + Send + use<>>> {
         let wishes = Wishes::of_start(&ctx)?;
         let request = request.to_owned_message();
-        if request.pty.is_set() {
-            return Err(ConnectError::unimplemented(
-                "pty: terminals are not available in this version of guestd",
-            ));
-        }
         let named = ctx.extensions().get::<RequestUser>().cloned().unwrap_or_default();
         let user = effective_user(&named, &self.accounts, &self.settings).map_err(unauthenticated)?;
         let spec = Spec::new(request, user, &self.settings.snapshot())?;
@@ -121,9 +119,10 @@ impl wire::Process for ProcessService {
         request: ServiceRequest<'_, wire::UpdateRequest>,
     ) -> ServiceResult<impl Encodable<wire::UpdateResponse> + Send + use<>> {
         let request = request.to_owned_message();
-        self.processes.find_live(&selector(request.process.into_option())?)?;
-        if request.pty.is_set() {
-            return Err(ConnectError::internal("error resizing tty: tty not assigned to process"));
+        let process = self.processes.find_live(&selector(request.process.into_option())?)?;
+        if let Some(pty) = request.pty.into_option() {
+            let size = pty.size.into_option().unwrap_or_default();
+            process.resize(size.cols, size.rows)?;
         }
         Response::ok(wire::UpdateResponse::default())
     }
@@ -137,7 +136,11 @@ impl wire::Process for ProcessService {
         let deadline = ctx.deadline().map(Instant::from_std);
         let mut target: Option<Arc<Process>> = None;
         while let Some(message) = requests.next().await {
-            let message = message?.to_owned_message();
+            let message = message
+                .map_err(|error| {
+                    ConnectError::new(ErrorCode::Unknown, format!("error streaming input: {error}"))
+                })?
+                .to_owned_message();
             match message.event {
                 Some(Wire::Start(start)) => {
                     target = Some(self.processes.find_live(&selector(start.process.into_option())?)?);
@@ -146,8 +149,8 @@ impl wire::Process for ProcessService {
                     let process = target
                         .as_ref()
                         .ok_or_else(|| ConnectError::failed_precondition("StreamInput: data before start"))?;
-                    let bytes = stdin_of(data.input.into_option())?;
-                    process.write_stdin(&bytes, deadline).await?;
+                    let (kind, bytes) = input_of(data.input.into_option())?;
+                    process.write(kind, &bytes, deadline).await?;
                 }
                 Some(Wire::Keepalive(_)) => {}
                 None => {
@@ -165,14 +168,14 @@ impl wire::Process for ProcessService {
     ) -> ServiceResult<impl Encodable<wire::SendInputResponse> + Send + use<>> {
         let request = request.to_owned_message();
         let process = self.processes.find_live(&selector(request.process.into_option())?)?;
-        let bytes = stdin_of(request.input.into_option())?;
-        process.write_stdin(&bytes, ctx.deadline().map(Instant::from_std)).await?;
+        let (kind, bytes) = input_of(request.input.into_option())?;
+        process.write(kind, &bytes, ctx.deadline().map(Instant::from_std)).await?;
         Response::ok(wire::SendInputResponse::default())
     }
 
     async fn send_signal(
         &self,
-        _ctx: RequestContext,
+        ctx: RequestContext,
         request: ServiceRequest<'_, wire::SendSignalRequest>,
     ) -> ServiceResult<impl Encodable<wire::SendSignalResponse> + Send + use<>> {
         let request = request.to_owned_message();
@@ -184,7 +187,9 @@ impl wire::Process for ProcessService {
             }
         };
         let process = self.processes.find_live(&selector(request.process.into_option())?)?;
-        process.signal(signal).await?;
+        let named = ctx.extensions().get::<RequestUser>().cloned().unwrap_or_default();
+        let by = named.0.map_or_else(|| self.settings.snapshot().default_user, |user| user.name);
+        process.signal(signal, &by).await?;
         Response::ok(wire::SendSignalResponse::default())
     }
 
@@ -194,18 +199,16 @@ impl wire::Process for ProcessService {
         request: ServiceRequest<'_, wire::CloseStdinRequest>,
     ) -> ServiceResult<impl Encodable<wire::CloseStdinResponse> + Send + use<>> {
         let selector = selector(request.to_owned_message().process.into_option())?;
-        self.processes.find_live(&selector)?.close_stdin().await;
+        self.processes.find_live(&selector)?.close_stdin().await?;
         Response::ok(wire::CloseStdinResponse::default())
     }
 }
 
-fn stdin_of(input: Option<wire::ProcessInput>) -> Result<Vec<u8>, ConnectError> {
+fn input_of(input: Option<wire::ProcessInput>) -> Result<(InputKind, Vec<u8>), ConnectError> {
     use wire::process_input::Input;
     match input.and_then(|input| input.input) {
-        Some(Input::Stdin(bytes)) => Ok(bytes),
-        Some(Input::Pty(_)) => Err(ConnectError::internal(
-            "tty not assigned to process: send stdin, this process has no terminal",
-        )),
+        Some(Input::Stdin(bytes)) => Ok((InputKind::Stdin, bytes)),
+        Some(Input::Pty(bytes)) => Ok((InputKind::Terminal, bytes)),
         None => Err(ConnectError::unimplemented("invalid input type: input must be stdin or pty")),
     }
 }

@@ -2,18 +2,26 @@
 //!
 //! The child does its own search for the executable and its own exec, so that a missing file is what it is for a shell: the process
 //! starts, says so on stderr and exits with 127 (contract: envd.md section 1.10). Failures before that (the working directory, the
-//! user) are the start's own error.
+//! user, the terminal) are the start's own error, which comes back through a pipe that a successful exec closes.
 
-use std::ffi::CString;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::ptr;
+use std::sync::Arc;
 
 use libc::{c_char, c_int};
-use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::net::unix::pipe;
 
 use super::Spec;
+use super::fork::{Side, fork};
+use super::input::Sink;
+use super::leader::{Leader, reap};
+use super::terminal::{self, Terminal};
 
 /// The exit codes of a shell that cannot run a command.
 const EXIT_NOT_FOUND: c_int = 127;
@@ -26,13 +34,39 @@ const OOM_SCORE_ADJ: &[u8] = b"100";
 const IOPRIO_WHO_PROCESS: c_int = 1;
 const IOPRIO_BEST_EFFORT_4: c_int = (2 << 13) | 4;
 
-/// A started process and its pipes.
+/// A command starts with these as a login shell would have them, however the agent itself was started.
+const DEFAULT_SIGNALS: [c_int; 12] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGPIPE,
+    libc::SIGALRM,
+    libc::SIGTERM,
+    libc::SIGCHLD,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+];
+
+/// How long an exec may take (a hung network file system, a group that somebody froze by hand), in milliseconds. The agent waits.
+const EXEC_LIMIT: u16 = 2000;
+
+/// A started process and its ends of pipes or terminal.
+#[derive(Debug)]
 pub(super) struct Spawned {
     pub(super) pid: u32,
-    pub(super) child: Child,
-    pub(super) stdin: Option<ChildStdin>,
-    pub(super) stdout: Option<ChildStdout>,
-    pub(super) stderr: Option<ChildStderr>,
+    pub(super) leader: Leader,
+    pub(super) sink: Option<Sink>,
+    pub(super) sources: Sources,
+}
+
+/// Where its output comes from.
+#[derive(Debug)]
+pub(super) enum Sources {
+    Pipes { stdout: pipe::Receiver, stderr: pipe::Receiver },
+    Terminal(Arc<Terminal>),
 }
 
 /// Everything that the child needs, made before the fork: after it nothing may allocate.
@@ -56,11 +90,6 @@ struct Pointers {
     _owned: Vec<CString>,
 }
 
-// SAFETY: the pointers are into `_owned`, which moves along with them, and nothing changes either.
-unsafe impl Send for Pointers {}
-// SAFETY: as above; shared access only reads.
-unsafe impl Sync for Pointers {}
-
 impl Pointers {
     fn new(owned: Vec<CString>) -> Self {
         let mut pointers: Vec<_> = owned.iter().map(|text| text.as_ptr()).collect();
@@ -69,34 +98,110 @@ impl Pointers {
     }
 }
 
-/// Starts what `spec` says, in a process group of its own.
+/// The child's standard streams, and the agent's ends of them.
+struct Streams {
+    child: [OwnedFd; 3],
+    sink: Option<Sink>,
+    sources: Sources,
+}
+
+impl Streams {
+    fn new(spec: &Spec) -> io::Result<Self> {
+        if let Some(size) = spec.terminal {
+            let (terminal, slave) = Terminal::open(size)?;
+            terminal::give_to(slave.as_fd(), spec.user.uid);
+            let terminal = Arc::new(terminal);
+            return Ok(Self {
+                child: [slave.try_clone()?, slave.try_clone()?, slave],
+                sink: Some(Sink::Terminal(Arc::clone(&terminal))),
+                sources: Sources::Terminal(terminal),
+            });
+        }
+        let (stdin, sink) = if spec.stdin {
+            let (reader, writer) = io::pipe()?;
+            (reader.into(), Some(Sink::Pipe(pipe::Sender::from_owned_fd(writer.into())?)))
+        } else {
+            (File::open("/dev/null")?.into(), None)
+        };
+        let (stdout, stdout_writer) = io::pipe()?;
+        let (stderr, stderr_writer) = io::pipe()?;
+        let sources = Sources::Pipes {
+            stdout: pipe::Receiver::from_owned_fd(stdout.into())?,
+            stderr: pipe::Receiver::from_owned_fd(stderr.into())?,
+        };
+        Ok(Self { child: [stdin, stdout_writer.into(), stderr_writer.into()], sink, sources })
+    }
+}
+
+/// Starts what `spec` says: in a process group of its own, or as the leader of its terminal's session. `group` is the open directory of
+/// its control group.
 ///
 /// # Errors
-/// What the system said of the fork, the user or the working directory.
-pub(super) fn spawn(spec: &Spec) -> io::Result<Spawned> {
-    use std::process::Stdio;
+/// What the system said of the fork, the user, the terminal or the working directory.
+pub(super) fn spawn(spec: &Spec, group: Option<BorrowedFd<'_>>) -> io::Result<Spawned> {
     let exec = Exec::new(spec)?;
-    // The program is never run: the hook below replaces the process first.
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .stdin(if spec.stdin { Stdio::piped() } else { Stdio::null() })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(false);
-    // SAFETY: the hook runs between fork and exec; it makes system calls only and touches no lock and no allocator.
-    unsafe {
-        command.pre_exec(move || exec.run());
+    let Streams { child, sink, sources } = Streams::new(spec)?;
+    let raw = [child[0].as_raw_fd(), child[1].as_raw_fd(), child[2].as_raw_fd()];
+    let (verdict, report) = io::pipe()?;
+    // SAFETY: the child's branch makes system calls only and ends in an exec or an exit.
+    match unsafe { fork(group)? } {
+        Side::Child { placed } => {
+            let unplaced = if placed { None } else { group };
+            let errno = exec.run(raw, spec.terminal.is_some(), unplaced);
+            // SAFETY: a write to a descriptor of our own and the end, on copies of the parent's memory.
+            unsafe {
+                libc::write(report.as_raw_fd(), (&raw const errno).cast(), size_of::<c_int>());
+                libc::_exit(EXIT_NOT_EXECUTABLE);
+            }
+        }
+        Side::Parent { pid, pidfd } => {
+            drop((report, child));
+            let mut leader = match pidfd {
+                Some(fd) => Leader::new(pid, Some(fd)),
+                None => Leader::adopt(pid.cast_unsigned()),
+            }
+            .inspect_err(|_| discard(pid))?;
+            match started(verdict) {
+                Ok(()) => Ok(Spawned { pid: pid.cast_unsigned(), leader, sink, sources }),
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        let _gone = nix::sys::signal::kill(
+                            nix::unistd::Pid::from_raw(pid),
+                            nix::sys::signal::Signal::SIGKILL,
+                        );
+                        // It may hang where no signal reaches it.
+                        tokio::spawn(async move { leader.wait().await });
+                    } else {
+                        let _reaped = reap(pid, 0);
+                    }
+                    Err(error)
+                }
+            }
+        }
     }
-    let mut child = command.spawn()?;
-    let pid = child.id().ok_or_else(|| io::Error::other("the process ended before it had a number"))?;
-    Ok(Spawned {
-        pid,
-        stdin: child.stdin.take(),
-        stdout: child.stdout.take(),
-        stderr: child.stderr.take(),
-        child,
-    })
+}
+
+/// The child runs and cannot be waited for: it must not stay.
+fn discard(pid: i32) {
+    let _gone = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    let _reaped = reap(pid, 0);
+}
+
+/// Waits for the exec, or for what stood in its way.
+fn started(mut verdict: io::PipeReader) -> io::Result<()> {
+    loop {
+        match poll(&mut [PollFd::new(verdict.as_fd(), PollFlags::POLLIN)], PollTimeout::from(EXEC_LIMIT)) {
+            Ok(0) => return Err(io::Error::new(io::ErrorKind::TimedOut, "its exec did not finish in time")),
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let mut errno = [0; size_of::<c_int>()];
+    match verdict.read(&mut errno)? {
+        0 => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(c_int::from_ne_bytes(errno))),
+    }
 }
 
 impl Exec {
@@ -121,20 +226,60 @@ impl Exec {
         })
     }
 
-    /// In the child. Returns only with an error of the start itself.
-    fn run(&self) -> io::Result<()> {
+    /// In the child. Returns only with the error of the start itself.
+    fn run(&self, streams: [RawFd; 3], terminal: bool, unplaced: Option<BorrowedFd<'_>>) -> c_int {
+        match self.prepare(streams, terminal, unplaced) {
+            Ok(()) => self.replace(),
+            Err(errno) => errno,
+        }
+    }
+
+    fn prepare(
+        &self,
+        streams: [RawFd; 3],
+        terminal: bool,
+        unplaced: Option<BorrowedFd<'_>>,
+    ) -> Result<(), c_int> {
+        if let Some(group) = unplaced {
+            // Before the user switch: the group is the agent's.
+            enter(group)?;
+        }
         write_file(c"/proc/self/oom_score_adj", OOM_SCORE_ADJ);
         // SAFETY: plain system calls; the strings and arrays live as long as `self`.
         unsafe {
+            for signal in DEFAULT_SIGNALS {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            check(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()))?;
+            for (target, source) in (0..).zip(streams) {
+                // The copy stays open across exec. The sources are above 2: those three are open in every Rust program.
+                check(libc::dup2(source, target))?;
+            }
+            if terminal {
+                check(libc::setsid())?;
+                check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+            } else {
+                check(libc::setpgid(0, 0))?;
+            }
             libc::setpriority(libc::PRIO_PROCESS, 0, 0);
             libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4);
             if self.switch_user {
-                check(libc::setgroups(self.groups.len(), self.groups.as_ptr()))?;
-                check(libc::setgid(self.gid))?;
-                check(libc::setuid(self.uid))?;
+                // Not the C library's: its functions would have every thread follow, and it does not know that there is one only.
+                check_long(libc::syscall(libc::SYS_setgroups, self.groups.len(), self.groups.as_ptr()))?;
+                check_long(libc::syscall(libc::SYS_setresgid, self.gid, self.gid, self.gid))?;
+                check_long(libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid))?;
             }
             // After the switch: the user's permissions decide.
-            check(libc::chdir(self.directory.as_ptr()))?;
+            check(libc::chdir(self.directory.as_ptr()))
+        }
+    }
+
+    /// Becomes the program, or says on stderr why not, as a shell would.
+    fn replace(&self) -> ! {
+        // SAFETY: plain system calls; the strings and arrays live as long as `self`.
+        unsafe {
             let mut denied = false;
             for candidate in &self.candidates {
                 libc::execve(
@@ -142,11 +287,11 @@ impl Exec {
                     self.argv.pointers.as_ptr(),
                     self.environment.pointers.as_ptr(),
                 );
-                match io::Error::last_os_error().raw_os_error() {
-                    Some(libc::ENOENT | libc::ENOTDIR) => {}
+                match Errno::last_raw() {
+                    libc::ENOENT | libc::ENOTDIR => {}
                     // A script without an interpreter line: the shell's, as execvp(3) has it. In the child, after the fork, the array
                     // is this process's own copy.
-                    Some(libc::ENOEXEC) => {
+                    libc::ENOEXEC => {
                         let argv = self.shell_argv.pointers.as_ptr().cast_mut();
                         *argv.add(1) = candidate.as_ptr();
                         libc::execve(c"/bin/sh".as_ptr(), argv, self.environment.pointers.as_ptr());
@@ -163,12 +308,29 @@ impl Exec {
     }
 }
 
-fn check(result: c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// Moves this process into a control group.
+fn enter(group: BorrowedFd<'_>) -> Result<(), c_int> {
+    // SAFETY: an open, a write and a close on a descriptor of our own; all are async-signal-safe.
+    unsafe {
+        let fd = libc::openat(group.as_raw_fd(), c"cgroup.procs".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        check(fd)?;
+        let wrote = libc::write(fd, c"0".as_ptr().cast(), 1);
+        check(c_int::try_from(wrote).unwrap_or(-1))?;
+        libc::close(fd);
+    }
+    Ok(())
+}
+
+fn check(result: c_int) -> Result<(), c_int> {
+    if result < 0 { Err(Errno::last_raw()) } else { Ok(()) }
+}
+
+fn check_long(result: libc::c_long) -> Result<(), c_int> {
+    if result < 0 { Err(Errno::last_raw()) } else { Ok(()) }
 }
 
 /// Best effort: a container may not let us.
-fn write_file(path: &std::ffi::CStr, text: &[u8]) {
+fn write_file(path: &CStr, text: &[u8]) {
     // SAFETY: an open, a write and a close on a descriptor of our own; all are async-signal-safe.
     unsafe {
         let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -179,7 +341,7 @@ fn write_file(path: &std::ffi::CStr, text: &[u8]) {
     }
 }
 
-/// How many bytes a pipe holds at this moment.
+/// How many bytes a pipe or a terminal holds at this moment.
 pub(super) fn pending(pipe: &impl AsRawFd) -> usize {
     let mut count: c_int = 0;
     // SAFETY: FIONREAD writes one int.

@@ -7,11 +7,15 @@ use std::time::Instant;
 
 use guestd_protocol::wire::process as wire;
 
+use super::Size;
 use crate::identity::{PathError, User, resolve_path};
 use crate::settings::Values;
 
 /// The search path of a command whose environment has none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The kind of terminal, where nobody says: what SDKs set (contract: envd.md section 2.3).
+const DEFAULT_TERM: &str = "xterm-256color";
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -36,6 +40,8 @@ pub struct Spec {
     pub user: User,
     pub directory: PathBuf,
     pub stdin: bool,
+    /// Runs on a terminal of this size.
+    pub terminal: Option<Size>,
     pub started: Instant,
     pub(super) argv: Vec<CString>,
     pub(super) environment: Vec<CString>,
@@ -58,7 +64,14 @@ impl Spec {
         if std::fs::metadata(&directory).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
             return Err(SpecError::NoDirectory(directory));
         }
-        let variables = environment(&config, &user, settings);
+        let terminal = request.pty.into_option().map(|pty| {
+            let size = pty.size.into_option().unwrap_or_default();
+            Size::from_wire(size.cols, size.rows, None)
+        });
+        let mut variables = environment(&config, &user, settings);
+        if terminal.is_some() {
+            variables.entry("TERM".to_owned()).or_insert_with(|| DEFAULT_TERM.to_owned());
+        }
         let path = variables.get("PATH").map_or(DEFAULT_PATH, String::as_str);
         let nul = |field| move |_: NulError| SpecError::Nul { field };
         let candidates = candidates(&config.cmd, path, &directory);
@@ -82,6 +95,7 @@ impl Spec {
             user,
             directory,
             stdin: request.stdin.unwrap_or(true),
+            terminal,
             started: Instant::now(),
             config,
         })

@@ -45,6 +45,7 @@ const PATIENCE: Duration = Duration::from_millis(10);
 pub enum Channel {
     Stdout,
     Stderr,
+    Pty,
 }
 
 /// How a process ended.
@@ -54,6 +55,7 @@ pub struct End {
     pub status: Status,
     /// It was killed because its time (`Connect-Timeout-Ms`) was over.
     pub timed_out: bool,
+    pub record: super::Record,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,6 +292,11 @@ impl Output {
         // A writer that waits for a lone slow client has to learn that it holds up another now.
         self.shared.writable.notify_waiters();
         Reader { shared: Arc::clone(&self.shared), client, done: false }
+    }
+
+    /// Bytes went the other way, to the process.
+    pub(super) fn progress(&self, bytes: usize) {
+        self.shared.lock().attachment.progress(bytes);
     }
 
     /// How much to read at once, in bytes: a log that is empty takes what was read, whatever others hold.

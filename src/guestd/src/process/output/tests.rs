@@ -22,7 +22,7 @@ fn chunk(number: usize) -> Bytes {
 }
 
 fn end() -> End {
-    End { status: Status::Exited(0), timed_out: false }
+    End { status: Status::Exited(0), timed_out: false, record: Default::default() }
 }
 
 async fn flood(output: &Output, chunks: std::ops::Range<usize>) {
