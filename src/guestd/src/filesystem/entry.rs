@@ -1,8 +1,10 @@
 //! One file as replies describe it: `EntryInfo` (contract: envd.md section 3.3).
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::Metadata;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -10,6 +12,7 @@ use std::path::Path;
 use buffa_types::google::protobuf::Timestamp;
 use guestd_protocol::wire::filesystem::{EntryInfo, FileType};
 
+use super::place::{look, look_through, proc_path, real_path};
 use super::sys;
 use crate::identity::Names;
 
@@ -19,16 +22,25 @@ pub(super) const METADATA_PREFIX: &str = "user.e2b.";
 /// The moments that a protobuf timestamp can hold: years 1 to 9999.
 const TIMESTAMP_SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
-/// Describes what is at `path`, without following it when it is a link: the type and the mode are the target's, everything else
-/// is the link's own.
+/// Describes what is at a name in an open directory, without following it when it is a link: the type and the mode are the
+/// target's, everything else is the link's own. `path` is what the reply calls it.
 ///
 /// # Errors
 ///
-/// Only those of lstat(2). A link that leads nowhere, or attributes that cannot be read, leave their fields empty.
-pub(super) fn describe(path: &Path, names: &Names) -> io::Result<EntryInfo> {
-    let own = path.symlink_metadata()?;
+/// Only those of reaching the name. A link that leads nowhere, or attributes that cannot be read, leave their fields empty.
+pub(super) fn describe(
+    directory: impl AsFd,
+    name: &OsStr,
+    path: &Path,
+    names: &Names,
+) -> io::Result<EntryInfo> {
+    let found = look(&directory, name)?;
+    let own = found.metadata()?;
     let is_symlink = own.is_symlink();
-    let target = if is_symlink { path.metadata().ok() } else { Some(own.clone()) };
+    let behind = is_symlink.then(|| look_through(&directory, name).ok()).flatten();
+    let target =
+        if is_symlink { behind.as_ref().and_then(|file| file.metadata().ok()) } else { Some(own.clone()) };
+    let carrier = behind.as_ref().unwrap_or(&found);
     Ok(EntryInfo {
         name: path.file_name().map_or_else(|| "/".to_owned(), |name| name.to_string_lossy().into_owned()),
         r#type: target.as_ref().map_or(FileType::Unspecified, file_type).into(),
@@ -40,12 +52,12 @@ pub(super) fn describe(path: &Path, names: &Names) -> io::Result<EntryInfo> {
         group: names.group(own.gid()),
         modified_time: modified(&own).into(),
         symlink_target: is_symlink.then(|| {
-            let resolved = path.canonicalize().unwrap_or_else(|_broken| path.to_owned());
-            resolved.to_string_lossy().into_owned()
+            let resolved = behind.as_ref().and_then(|file| real_path(file).ok());
+            resolved.as_deref().unwrap_or(path).to_string_lossy().into_owned()
         }),
         metadata: target
             .filter(|target| target.is_file() || target.is_dir())
-            .map_or_else(Default::default, |_| metadata(path).into_iter().collect()),
+            .map_or_else(Default::default, |_| metadata(&proc_path(carrier)).into_iter().collect()),
         is_symlink,
         ..Default::default()
     })

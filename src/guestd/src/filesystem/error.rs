@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use connectrpc::{ConnectError, ErrorCode};
 
-use crate::identity::{IdentityError, PathError};
+use crate::identity::{IdentityError, PathError, User};
 
 /// A failed operation of the filesystem service; the texts are those of envd.md sections 1.10 and 3.2.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +33,11 @@ pub enum FilesystemError {
     NotADirectoryInTheWay { path: PathBuf },
     #[error("the root directory cannot be removed")]
     Root,
+    /// The user's own rights do not suffice.
+    #[error("user '{user}' may not {action} {}: {source}", path.display())]
+    Denied { user: String, action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot act as user '{user}': {source}")]
+    Credentials { user: String, source: io::Error },
     #[error("cannot {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     /// The agent is going down and took the thread that worked on the call with it.
@@ -44,6 +49,16 @@ impl FilesystemError {
     /// For `map_err`: keeps what was being done, and to which path.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+
+    /// Says whose rights did not suffice, when that was the trouble.
+    pub(super) fn of(self, user: &User) -> Self {
+        match self {
+            Self::Io { action, path, source } if fault(&source) == Fault::Denied => {
+                Self::Denied { user: user.name.clone(), action, path, source }
+            }
+            error => error,
+        }
     }
 
     /// The Connect code of this failure (contract: envd.md sections 1.8 and 3.2).
@@ -64,6 +79,8 @@ impl FilesystemError {
                 ErrorCode::InvalidArgument
             }
             Self::DirectoryExists { .. } => ErrorCode::AlreadyExists,
+            Self::Denied { .. } => ErrorCode::PermissionDenied,
+            Self::Credentials { .. } => ErrorCode::Internal,
             Self::Io { source, .. } => match fault(source) {
                 Fault::NotFound => ErrorCode::NotFound,
                 Fault::NotADirectory | Fault::IsADirectory | Fault::Invalid => ErrorCode::InvalidArgument,

@@ -2,13 +2,18 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use guestd_protocol::wire::filesystem::{EntryInfo, FileType};
 
 use super::entry;
 use super::error::{Fault, FilesystemError, fault};
+use super::walk::{self, Descent, open_directory_path};
 use crate::identity::Names;
+
+/// What the kernel takes as a path. Below that a client could name nothing, and the paths of an endless tree would fill memory.
+const MOST_PATH_BYTES: usize = 4096;
 
 /// Everything below `base`, down to `depth` levels, each directory before its content and names in byte order.
 ///
@@ -20,52 +25,53 @@ use crate::identity::Names;
 ///
 /// When the base itself is missing, is a cycle of links, is not a directory or cannot be read.
 pub(super) fn list(base: &Path, depth: u32, names: &Names) -> Result<Vec<EntryInfo>, FilesystemError> {
-    let path = || base.to_owned();
-    match base.metadata() {
-        Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => return Err(FilesystemError::NotADirectory { path: path() }),
-        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
-            return Err(FilesystemError::CyclicLink { path: path() });
-        }
-        Err(error) if fault(&error) == Fault::NotFound => {
-            return Err(FilesystemError::PathNotFound { path: path() });
-        }
-        Err(error) => return Err(FilesystemError::io("list", base)(error)),
-    }
-    let top = read(base).map_err(FilesystemError::io("list", base))?;
+    let top = open_directory_path(base).map_err(|error| match (fault(&error), error.raw_os_error()) {
+        (Fault::NotADirectory, _) => FilesystemError::NotADirectory { path: base.to_owned() },
+        (_, Some(libc::ELOOP)) => FilesystemError::CyclicLink { path: base.to_owned() },
+        (Fault::NotFound, _) => FilesystemError::PathNotFound { path: base.to_owned() },
+        _ => FilesystemError::io("list", base)(error),
+    })?;
+    collect(top, base, depth, names).map_err(FilesystemError::io("list", base))
+}
+
+fn collect(top: OwnedFd, base: &Path, depth: u32, names: &Names) -> io::Result<Vec<EntryInfo>> {
     // 0 is what a client sends that leaves the field out.
     let depth = usize::try_from(depth.max(1)).unwrap_or(usize::MAX);
     let mut found = Vec::new();
-    let mut levels = vec![Level { directory: path(), names: top.into_iter() }];
+    let mut descent = Descent::new(top)?;
+    let mut levels = vec![Level { path: base.to_owned(), names: sorted(descent.here()?)?.into_iter() }];
     while let Some(level) = levels.last_mut() {
         let Some(name) = level.names.next() else {
             levels.pop();
+            descent.leave()?;
             continue;
         };
-        let path = level.directory.join(name);
-        let info = match entry::describe(&path, names) {
+        let path = level.path.join(&name);
+        let info = match entry::describe(descent.here()?, &name, &path, names) {
             Ok(info) => info,
             Err(error) if fault(&error) == Fault::NotFound => continue,
             Err(_) => entry::unknown(&path),
         };
-        let descend = info.r#type == FileType::Directory && !info.is_symlink && levels.len() < depth;
+        let descend = info.r#type == FileType::Directory
+            && !info.is_symlink
+            && levels.len() < depth
+            && path.as_os_str().len() < MOST_PATH_BYTES;
         found.push(info);
-        if descend && let Ok(names) = read(&path) {
-            levels.push(Level { directory: path, names: names.into_iter() });
+        // One that may not be read, or is no directory any more, is listed without its content.
+        if descend && descent.enter(&name).is_ok() {
+            levels.push(Level { path, names: sorted(descent.here()?)?.into_iter() });
         }
     }
     Ok(found)
 }
 
 struct Level {
-    directory: PathBuf,
+    path: PathBuf,
     names: std::vec::IntoIter<OsString>,
 }
 
-/// The sorted names in a directory; a failure halfway keeps the names before it.
-fn read(directory: &Path) -> io::Result<Vec<OsString>> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(directory)?.map_while(Result::ok).map(|entry| entry.file_name()).collect();
+fn sorted(directory: BorrowedFd<'_>) -> io::Result<Vec<OsString>> {
+    let mut names = walk::names(directory, usize::MAX)?;
     names.sort_unstable();
     Ok(names)
 }

@@ -1,6 +1,6 @@
 //! Extended attributes, the one kernel interface of this capability that neither std nor nix offers.
 //!
-//! All the `unsafe` of the folder is here, and nothing else is.
+//! All the `unsafe` of the folder is here and in `credentials`, and nothing else is here.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::io;

@@ -1,8 +1,8 @@
 //! What a download reads: opened once, looked at through its descriptor, and streamed with one chunk read ahead.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -10,13 +10,20 @@ use std::time::SystemTime;
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
+use nix::fcntl::{AT_FDCWD, OFlag};
 use tokio::task::JoinHandle;
 
 use super::FilesError;
+use super::destination::regular;
+use super::digest::{Algorithm, Hasher, Value};
+use crate::filesystem::Caller;
 use crate::filesystem::error::{Fault, fault};
+use crate::filesystem::place::{look_through, reopen};
 
 /// Large enough that the hop to a blocking thread does not matter, small enough for hundreds of transfers at once.
 const CHUNK: usize = 128 * 1024;
+/// How much of a file one blocking task hashes.
+const DIGEST_STEP: u64 = 16 * 1024 * 1024;
 /// Up to here a file is read at once. More than any procfs page that lies about its size is likely to be.
 const WHOLE: usize = 64 * 1024;
 
@@ -36,26 +43,20 @@ enum Rest {
     /// The file has this many bytes, `start` included.
     Sized(Arc<File>, u64),
     /// The file has more than it admits to, as procfs files do whose size is 0.
-    Unsized(Arc<File>),
+    /// The kernel makes such content while it is being read, and judges by who reads.
+    Unsized(Arc<File>, Arc<Caller>),
 }
 
 impl Content {
-    /// Opens `path` for a download. Blocking.
+    /// Opens `path` for a download. Blocking, as the caller's user.
     ///
     /// # Errors
     ///
-    /// [`FilesError::NotFound`], [`FilesError::IsDirectory`] and [`FilesError::NotRegular`]; the last before the open, because
-    /// opening a device can change the machine, and after it again, because the path may have changed in between.
-    pub(super) fn open(path: &Path) -> Result<Self, FilesError> {
-        let missing = |error: io::Error| match fault(&error) {
-            Fault::NotFound | Fault::NotADirectory => FilesError::NotFound { path: path.to_owned() },
-            _ => FilesError::io("open", path)(error),
-        };
-        regular(path, &path.metadata().map_err(missing)?)?;
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(missing)?;
-        let metadata = file.metadata().map_err(FilesError::io("stat", path))?;
-        regular(path, &metadata)?;
+    /// Those of [`find`], and what the operating system said.
+    pub(super) fn open(caller: &Arc<Caller>, path: &Path) -> Result<Self, FilesError> {
+        let (found, metadata) = find(path)?;
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let file = File::from(reopen(found, flags).map_err(FilesError::io("open", path))?);
         let start = read_at(&file, 0, WHOLE).map_err(FilesError::io("read", path))?;
         let rest = if start.len() < WHOLE {
             // The end was reached: this is the size, whatever the file system said.
@@ -63,9 +64,48 @@ impl Content {
         } else if metadata.len() >= start.len() as u64 {
             Rest::Sized(Arc::new(file), metadata.len())
         } else {
-            Rest::Unsized(Arc::new(file))
+            Rest::Unsized(Arc::new(file), Arc::clone(caller))
         };
         Ok(Self { modified: metadata.modified().ok(), start, rest })
+    }
+
+    /// The digest of the whole file, for which it is read once more; `None` for one without a size, which may be another one at
+    /// each reading.
+    ///
+    /// # Errors
+    ///
+    /// What the operating system said.
+    pub(super) async fn digest(&self, algorithm: Algorithm) -> io::Result<Option<Value>> {
+        let mut hasher = Hasher::new(algorithm);
+        let (file, size) = match &self.rest {
+            Rest::Nothing => {
+                hasher.update(&self.start);
+                return Ok(Some(hasher.value()));
+            }
+            Rest::Sized(file, size) => (file, *size),
+            Rest::Unsized(..) => return Ok(None),
+        };
+        let mut position = 0;
+        // In steps, so that a client that goes away ends it.
+        while position < size {
+            let file = Arc::clone(file);
+            let step = tokio::task::spawn_blocking(move || -> io::Result<_> {
+                let end = size.min(position + DIGEST_STEP);
+                let mut buffer = vec![0; CHUNK];
+                while position < end {
+                    let wanted = usize::try_from(end - position).unwrap_or(CHUNK).min(CHUNK);
+                    let count = fill(&file, position, &mut buffer[..wanted])?;
+                    if count < wanted {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                    hasher.update(&buffer[..count]);
+                    position += count as u64;
+                }
+                Ok((hasher, position))
+            });
+            (hasher, position) = step.await.map_err(io::Error::other)??;
+        }
+        Ok(Some(hasher.value()))
     }
 
     /// The size in bytes; `None` when only reading to the end will tell.
@@ -73,7 +113,7 @@ impl Content {
         match &self.rest {
             Rest::Nothing => Some(self.start.len() as u64),
             Rest::Sized(_, size) => Some(*size),
-            Rest::Unsized(_) => None,
+            Rest::Unsized(..) => None,
         }
     }
 
@@ -85,8 +125,10 @@ impl Content {
                 let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.start.len() - from);
                 Body::from(self.start.slice(from..from + length))
             }
-            Rest::Sized(file, _) => ReadAhead::body(file, from, Some(length)),
-            Rest::Unsized(file) => ReadAhead::body(file, from, Some(length)),
+            Rest::Sized(file, _) => ReadAhead::body(Source { file, caller: None }, from, Some(length)),
+            Rest::Unsized(file, caller) => {
+                ReadAhead::body(Source { file, caller: Some(caller) }, from, Some(length))
+            }
         }
     }
 
@@ -94,30 +136,41 @@ impl Content {
     pub(super) fn all(self) -> Body {
         match (self.size(), self.rest) {
             (_, Rest::Nothing) => Body::from(self.start),
-            (size, Rest::Sized(file, _) | Rest::Unsized(file)) => ReadAhead::body(file, 0, size),
+            (size, Rest::Sized(file, _)) => ReadAhead::body(Source { file, caller: None }, 0, size),
+            (size, Rest::Unsized(file, caller)) => {
+                ReadAhead::body(Source { file, caller: Some(caller) }, 0, size)
+            }
         }
     }
 }
 
-fn regular(path: &Path, metadata: &std::fs::Metadata) -> Result<(), FilesError> {
-    let path = || path.to_owned();
-    match metadata.file_type() {
-        kind if kind.is_file() => Ok(()),
-        kind if kind.is_dir() => Err(FilesError::IsDirectory { path: path() }),
-        kind => {
-            debug_assert!(
-                kind.is_fifo() || kind.is_socket() || kind.is_char_device() || kind.is_block_device()
-            );
-            Err(FilesError::NotRegular { path: path() })
-        }
-    }
+/// What is at `path`, looked at and not opened: opening a device can change the machine, and opening a pipe can block.
+///
+/// # Errors
+///
+/// [`FilesError::NotFound`], [`FilesError::IsDirectory`], [`FilesError::NotRegular`], or what the operating system said.
+pub(super) fn find(path: &Path) -> Result<(File, Metadata), FilesError> {
+    let found = look_through(AT_FDCWD, path.as_os_str()).map_err(|error| match fault(&error) {
+        Fault::NotFound | Fault::NotADirectory => FilesError::NotFound { path: path.to_owned() },
+        _ => FilesError::io("open", path)(error),
+    })?;
+    let metadata = found.metadata().map_err(FilesError::io("stat", path))?;
+    regular(path, &metadata)?;
+    Ok((found, metadata))
 }
 
 /// Reads until `length` bytes are there or the file ends.
 fn read_at(file: &File, from: u64, length: usize) -> io::Result<Bytes> {
     let mut buffer = vec![0; length];
+    let filled = fill(file, from, &mut buffer)?;
+    buffer.truncate(filled);
+    Ok(buffer.into())
+}
+
+/// Fills the buffer as far as the file goes.
+fn fill(file: &File, from: u64, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
-    while filled < length {
+    while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], from + filled as u64) {
             Ok(0) => break,
             Ok(count) => filled += count,
@@ -125,15 +178,28 @@ fn read_at(file: &File, from: u64, length: usize) -> io::Result<Bytes> {
             Err(error) => return Err(error),
         }
     }
-    buffer.truncate(filled);
-    Ok(buffer.into())
+    Ok(filled)
+}
+
+/// What is read, and as whom when that matters.
+#[derive(Clone, Debug)]
+struct Source {
+    file: Arc<File>,
+    caller: Option<Arc<Caller>>,
+}
+
+impl Source {
+    fn read(&self, from: u64, length: usize) -> io::Result<Bytes> {
+        let _acting = self.caller.as_ref().map(|caller| caller.act()).transpose()?;
+        read_at(&self.file, from, length)
+    }
 }
 
 /// A read that is under way while the chunk before it goes out. No thread waits for a slow client: each read is a task of its
 /// own, and the next one starts only when the client took what is there.
 #[derive(Debug)]
 struct ReadAhead {
-    file: Arc<File>,
+    source: Source,
     next: JoinHandle<io::Result<Bytes>>,
     /// Where the read under way ends.
     position: u64,
@@ -145,11 +211,11 @@ struct ReadAhead {
 
 impl ReadAhead {
     /// Nothing is read before the body is polled for the first time.
-    fn body(file: Arc<File>, from: u64, length: Option<u64>) -> Body {
-        let start = Start { file, from, length };
+    fn body(source: Source, from: u64, length: Option<u64>) -> Body {
+        let start = Start { source, from, length };
         let chunks = stream::unfold(State::New(start), |state| async move {
             let ahead = match state {
-                State::New(start) => Self::begin(start.file, start.from, start.length)?,
+                State::New(start) => Self::begin(start.source, start.from, start.length)?,
                 State::Running(ahead) => ahead,
                 State::Done => return None,
             };
@@ -164,16 +230,16 @@ impl ReadAhead {
     }
 
     /// `None` when nothing remains.
-    fn begin(file: Arc<File>, position: u64, remaining: Option<u64>) -> Option<Self> {
+    fn begin(source: Source, position: u64, remaining: Option<u64>) -> Option<Self> {
         let expected = remaining.map(|remaining| usize::try_from(remaining).unwrap_or(CHUNK).min(CHUNK));
         let length = expected.unwrap_or(CHUNK);
         if length == 0 {
             return None;
         }
-        let reader = Arc::clone(&file);
-        let next = tokio::task::spawn_blocking(move || read_at(&reader, position, length));
+        let reader = source.clone();
+        let next = tokio::task::spawn_blocking(move || reader.read(position, length));
         let remaining = remaining.map(|remaining| remaining - length as u64);
-        Some(Self { file, next, position: position + length as u64, remaining, expected })
+        Some(Self { source, next, position: position + length as u64, remaining, expected })
     }
 
     async fn advance(self) -> io::Result<(Bytes, Option<Self>)> {
@@ -182,7 +248,7 @@ impl ReadAhead {
             // A promise of so many bytes was made in the header; the connection must break rather than look complete.
             Some(expected) if chunk.len() < expected => return Err(io::ErrorKind::UnexpectedEof.into()),
             None if chunk.len() < CHUNK => None,
-            _ => Self::begin(self.file, self.position, self.remaining),
+            _ => Self::begin(self.source, self.position, self.remaining),
         };
         Ok((chunk, next))
     }
@@ -195,7 +261,7 @@ enum State {
 }
 
 struct Start {
-    file: Arc<File>,
+    source: Source,
     from: u64,
     length: Option<u64>,
 }

@@ -1,32 +1,45 @@
 //! Where an upload goes: opens the destination, gives it to the user, and writes what arrives.
 //!
-//! The file is written in place, as it is in envd: a watcher sees a create, one change of owner and writes, a hard link or an open
-//! descriptor stays connected, and a failed upload leaves what had arrived.
+//! By default the file is written in place, as it is in envd: a watcher sees a create, one change of owner and writes, a hard link or
+//! an open descriptor stays connected, and a failed upload leaves what had arrived. On request it is [`Staged`].
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, IoSlice, Write as _};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use tokio::task::JoinHandle;
 
-use super::{FilesError, blocking, metadata};
-use crate::filesystem::change::{Owner, create_dirs};
+use super::staged::{Staged, Suffix};
+use super::{FilesError, as_user, metadata};
+use crate::filesystem::Caller;
 use crate::filesystem::error::{Fault, fault};
+use crate::filesystem::place::{Place, look_through, open_at, real_path, reopen};
 
 /// What is collected before a write: the hop to a blocking thread and the call itself then hardly matter.
 const BATCH: usize = 256 * 1024;
 
+/// What happens to a file that is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Replace {
+    InPlace,
+    Atomic,
+}
+
 /// An open destination.
 #[derive(Debug)]
 pub(super) struct Destination {
+    caller: Arc<Caller>,
     file: Arc<File>,
     path: PathBuf,
+    staged: Option<Staged>,
     batch: Vec<Bytes>,
     batch_bytes: usize,
     /// At most one write is under way, while the next batch is being collected: no upload holds more than two batches.
@@ -36,35 +49,27 @@ pub(super) struct Destination {
 }
 
 impl Destination {
-    /// Opens `path` for an upload, making the directories above it. Blocking.
+    /// Opens `path` for an upload, making the directories above it. Blocking, as the caller's user.
     ///
     /// # Errors
     ///
     /// [`FilesError::IsDirectory`], [`FilesError::NotRegular`] for pipes, sockets and devices, [`FilesError::NoInodes`], or what
     /// the operating system said.
-    pub(super) fn open(path: &Path, owner: Owner) -> Result<Self, FilesError> {
-        if let Some(parent) = path.parent() {
-            create_dirs(parent, owner).map_err(no_inodes("make the directory of", path))?;
-        }
-        let existed = match path.metadata() {
-            Ok(metadata) => {
-                regular(path, &metadata)?;
-                true
+    pub(super) fn open(caller: &Arc<Caller>, path: &Path, replace: Replace) -> Result<Self, FilesError> {
+        let place = Place::create(path, caller.owner()).map_err(no_inodes("make the directory of", path))?;
+        let (file, staged) = match replace {
+            Replace::InPlace => (Arc::new(open(caller, &place, path)?), None),
+            Replace::Atomic => {
+                let place = place.followed().map_err(no_inodes("open", path))?;
+                let staged = Staged::create(caller, place, path, Suffix::Upload)?;
+                (Arc::clone(&staged.file), Some(staged))
             }
-            // A missing file or a link that leads nowhere is created, and whatever else is wrong the open will say.
-            Err(_) => false,
         };
-        let file = open(path, existed)?;
-        let metadata = file.metadata().map_err(FilesError::io("stat", path))?;
-        regular(path, &metadata)?;
-        let belongs = metadata.uid() == owner.uid && metadata.gid() == owner.gid;
-        let keeps = belongs || (existed && reached_through_a_link(&file, path));
-        if !keeps {
-            owner.take(&file).map_err(FilesError::io("change the owner of", path))?;
-        }
         Ok(Self {
-            file: Arc::new(file),
+            caller: Arc::clone(caller),
+            file,
             path: path.to_owned(),
+            staged,
             batch: Vec::new(),
             batch_bytes: 0,
             writing: None,
@@ -89,26 +94,37 @@ impl Destination {
         Ok(())
     }
 
-    /// Writes what is left and then replaces the file's metadata.
+    /// Writes what is left, and then replaces the metadata of a file in place. A staged file comes back, to be committed.
     ///
     /// # Errors
     ///
     /// Those of [`Destination::write`], and [`FilesError::NoSpaceForMetadata`].
-    pub(super) async fn finish(mut self, metadata: Arc<BTreeMap<String, String>>) -> Result<(), FilesError> {
+    pub(super) async fn finish(
+        mut self,
+        metadata: Arc<BTreeMap<String, String>>,
+    ) -> Result<Option<Staged>, FilesError> {
         self.settle().await?;
         if self.batch_bytes > 0 {
             self.start();
             self.settle().await?;
         }
+        if self.staged.is_some() {
+            return Ok(self.staged);
+        }
         let (file, path) = (self.file, self.path);
-        blocking(move || metadata::replace(&file, &path, &metadata)).await
+        as_user(&self.caller, move |_| metadata::replace(&file, &path, &metadata)).await?;
+        Ok(None)
     }
 
     fn start(&mut self) {
-        let (file, written) = (Arc::clone(&self.file), Arc::clone(&self.written));
-        let batch = std::mem::take(&mut self.batch);
+        let (caller, file) = (Arc::clone(&self.caller), Arc::clone(&self.file));
+        let (batch, written) = (std::mem::take(&mut self.batch), Arc::clone(&self.written));
         self.batch_bytes = 0;
-        self.writing = Some(tokio::task::spawn_blocking(move || write_all(&file, &batch, &written)));
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            // What root reserves on a disk is not for users, and their writes clear set-user-id bits.
+            let _acting = caller.act()?;
+            write_all(&file, &batch, &written)
+        }));
     }
 
     async fn settle(&mut self) -> Result<(), FilesError> {
@@ -128,25 +144,64 @@ impl Destination {
     }
 }
 
-/// An existing file is opened without `O_CREAT`: with `fs.protected_regular` the kernel would refuse even root a file of somebody
-/// else's in `/tmp`. `O_NONBLOCK` is for the pipe that may have taken the file's place: it must not block, ever.
-fn open(path: &Path, existed: bool) -> Result<File, FilesError> {
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-    let mut options = OpenOptions::new();
-    options.write(true).truncate(true).custom_flags(flags).mode(0o666);
-    let opened = match options.clone().create(!existed).open(path) {
-        // It went away since it was looked at.
-        Err(error) if existed && fault(&error) == Fault::NotFound => options.create(true).open(path),
-        opened => opened,
-    };
-    opened.map_err(|error| match (fault(&error), error.raw_os_error()) {
-        (Fault::IsADirectory, _) => FilesError::IsDirectory { path: path.to_owned() },
-        (_, Some(libc::ENXIO)) => FilesError::NotRegular { path: path.to_owned() },
-        _ => no_inodes("open", path)(error),
-    })
+/// Opens the file in place, empties it, and gives it to the user.
+///
+/// It is looked at before it is opened, because opening a device can change the machine, and what is opened is what was looked at.
+/// An existing file is opened without `O_CREAT`: with `fs.protected_regular` the kernel would refuse even root a file of
+/// somebody else's in `/tmp`.
+fn open(caller: &Caller, place: &Place, path: &Path) -> Result<File, FilesError> {
+    // Each round is one in which the file came or went meanwhile.
+    for _ in 0..8 {
+        match look_through(&place.parent, &place.name) {
+            Ok(found) => {
+                regular(path, &found.metadata().map_err(FilesError::io("stat", path))?)?;
+                let file =
+                    File::from(reopen(&found, WRITE | OFlag::O_TRUNC).map_err(no_inodes("open", path))?);
+                keep_or_take(caller, &file, path)?;
+                return Ok(file);
+            }
+            Err(error) if fault(&error) == Fault::NotFound => {}
+            Err(error) => return Err(FilesError::io("open", path)(error)),
+        }
+        let created = match create(place, OFlag::O_EXCL) {
+            // A link that leads nowhere, or somebody was faster.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => match place.look() {
+                Ok(link) if link.metadata().is_ok_and(|metadata| metadata.is_symlink()) => {
+                    create(place, OFlag::empty())
+                }
+                _ => continue,
+            },
+            created => created,
+        };
+        let file = File::from(created.map_err(no_inodes("open", path))?);
+        regular(path, &file.metadata().map_err(FilesError::io("stat", path))?)?;
+        caller.owner().take(&file).map_err(FilesError::io("change the owner of", path))?;
+        return Ok(file);
+    }
+    Err(FilesError::Changed { path: path.to_owned() })
 }
 
-fn regular(path: &Path, metadata: &std::fs::Metadata) -> Result<(), FilesError> {
+/// `O_NONBLOCK` is for the pipe at the end of a link that led nowhere a moment ago: it must not block, ever.
+const WRITE: OFlag = OFlag::O_WRONLY.union(OFlag::O_NONBLOCK).union(OFlag::O_NOCTTY);
+
+fn create(place: &Place, exclusive: OFlag) -> io::Result<OwnedFd> {
+    let mode = Mode::from_bits_truncate(0o666);
+    open_at(&place.parent, Path::new(&place.name), WRITE | OFlag::O_CREAT | exclusive, mode)
+}
+
+/// Root takes what it overwrites (contract: envd.md section 3.5), unless it was reached through a link: that file is somewhere else
+/// than the caller thought. A user has no right to take a file, and none is needed to write one.
+fn keep_or_take(caller: &Caller, file: &File, path: &Path) -> Result<(), FilesError> {
+    let metadata = file.metadata().map_err(FilesError::io("stat", path))?;
+    let owner = caller.owner();
+    let belongs = (metadata.uid(), metadata.gid()) == (owner.uid, owner.gid);
+    if owner.uid != 0 || belongs || real_path(file).is_ok_and(|real| real != path) {
+        return Ok(());
+    }
+    owner.take(file).map_err(FilesError::io("change the owner of", path))
+}
+
+pub(super) fn regular(path: &Path, metadata: &std::fs::Metadata) -> Result<(), FilesError> {
     if metadata.is_file() {
         Ok(())
     } else if metadata.is_dir() {
@@ -157,19 +212,13 @@ fn regular(path: &Path, metadata: &std::fs::Metadata) -> Result<(), FilesError> 
 }
 
 /// Nothing has been written when a file or a directory cannot be created for want of room: it is inodes that are missing.
-fn no_inodes(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FilesError {
-    move |source| match fault(&source) {
-        Fault::NoSpace => FilesError::NoInodes,
+pub(super) fn no_inodes(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FilesError {
+    move |source| match (fault(&source), source.raw_os_error()) {
+        (Fault::NoSpace, _) => FilesError::NoInodes,
+        (Fault::IsADirectory, _) => FilesError::IsDirectory { path: path.to_owned() },
+        (_, Some(libc::ENXIO)) => FilesError::NotRegular { path: path.to_owned() },
         _ => FilesError::io(action, path)(source),
     }
-}
-
-/// Whether the open file is elsewhere than its path says.
-///
-/// An existing file that was reached through a link keeps its owner: otherwise a process in the sandbox could plant a link to
-/// `/etc/shadow` where the next upload goes, and be given the file (lessons.md D3, `upload.go`).
-fn reached_through_a_link(file: &File, path: &Path) -> bool {
-    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).is_ok_and(|real| real != path)
 }
 
 fn write_all(mut file: &File, batch: &[Bytes], written: &AtomicU64) -> io::Result<()> {
@@ -193,11 +242,19 @@ fn write_all(mut file: &File, batch: &[Bytes], written: &AtomicU64) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::User;
+
+    fn me() -> User {
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        User { name: "me".to_owned(), uid, gid, home: "/".into(), shell: "/bin/sh".into(), groups: vec![gid] }
+    }
 
     fn destination(path: &Path) -> Destination {
         Destination {
-            file: Arc::new(OpenOptions::new().write(true).open(path).unwrap()),
+            caller: Arc::new(Caller { user: me(), workdir: None }),
+            file: Arc::new(File::options().write(true).open(path).unwrap()),
             path: path.to_owned(),
+            staged: None,
             batch: Vec::new(),
             batch_bytes: 0,
             writing: None,

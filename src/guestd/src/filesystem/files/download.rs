@@ -10,17 +10,20 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::extract::{Query, State};
 use axum::response::Response;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use tower::ServiceExt as _;
 use tower_http::CompressionLevel;
 use tower_http::compression::Compression;
 use tower_http::compression::predicate::SizeAbove;
 
 use super::content::Content;
+use super::digest;
 use super::head::head;
 use super::negotiation::{Encoding, negotiate};
 use super::{FilesError, FilesQuery, Filesystem, blocking};
 
+/// RFC 9530.
+const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
 const OCTET_STREAM: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
 /// Answers with the content of one file.
@@ -34,15 +37,20 @@ pub(super) async fn download(
     headers: HeaderMap,
 ) -> Result<Response, FilesError> {
     let (path, content) = blocking(move || {
-        let caller = filesystem.files_caller(query.username())?;
+        let caller = Arc::new(filesystem.files_caller(query.username())?);
         let path = caller.resolve(query.path().unwrap_or_default())?;
-        let content = Content::open(&path)?;
+        let content = caller.files_work(|| Content::open(&caller, &path))?;
         Ok((path, content))
     })
     .await?;
-    let encoding = negotiate(&headers);
+    let mut encoding = negotiate(&headers);
     if encoding == Encoding::None {
         return Err(FilesError::NotAcceptable);
+    }
+    // A digest is that of the file itself, so the file itself is what goes out, unless the client takes only gzip (RFC 9530, section 3).
+    let wanted = digest::wanted(&headers).filter(|_| encoding != Encoding::Gzip { only: true });
+    if wanted.is_some() {
+        encoding = Encoding::Identity;
     }
     let mut head = head(&path, &content, &headers).await;
     let has_body = matches!(head.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
@@ -53,6 +61,12 @@ pub(super) async fn download(
     head.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
     if let Some(disposition) = disposition(&path) {
         head.headers_mut().insert(header::CONTENT_DISPOSITION, disposition);
+    }
+    if let Some(algorithm) = wanted.filter(|_| has_body) {
+        let digest = content.digest(algorithm).await.map_err(FilesError::io("read", &path))?;
+        if let Some(Ok(value)) = digest.map(|digest| HeaderValue::from_str(&digest.to_string())) {
+            head.headers_mut().insert(REPR_DIGEST, value);
+        }
     }
     let (mut parts, ()) = head.into_parts();
     let body = match parts.status {

@@ -74,7 +74,9 @@ pub(super) fn replace(
     metadata: &BTreeMap<String, String>,
 ) -> Result<(), FilesError> {
     apply(file, metadata).map_err(|source| match (fault(&source), source.raw_os_error()) {
-        (Fault::NoSpace, _) | (_, Some(libc::E2BIG)) => FilesError::NoSpaceForMetadata,
+        (Fault::NoSpace, _) | (_, Some(libc::E2BIG)) => {
+            FilesError::NoSpaceForMetadata { written: file.metadata().map_or(0, |metadata| metadata.len()) }
+        }
         _ => FilesError::io("store the metadata of", path)(source),
     })
 }

@@ -1,48 +1,52 @@
-//! `/files`: contents in and out over plain HTTP (contract: envd.md sections 4.5 and 4.6).
+//! `/files`: contents in and out over plain HTTP (contract: envd.md sections 4.5 to 4.7).
 //!
-//! Owns the two handlers, their query and their errors. The access token and the signature are checked by the middleware in front;
-//! the user comes from the query and not from a Basic header. [`download`] and [`upload`] are the handlers, [`content`] opens for
-//! reading, [`destination`] for writing, [`negotiation`] chooses the encoding, [`multipart`] and [`metadata`] read requests.
+//! Owns the handlers, their query and their errors. The access token and the signature are checked by the middleware in front;
+//! the user comes from the query and not from a Basic header. [`download`], [`upload`] and [`compose`] are the handlers, [`content`]
+//! opens for reading, [`destination`] for writing in place and [`staged`] for replacing at once, [`negotiation`] chooses the encoding,
+//! [`body`], [`multipart`], [`digest`] and [`metadata`] read requests, [`error`] says what went wrong.
 
+mod body;
+mod compose;
 mod content;
 mod destination;
+mod digest;
 mod download;
+mod error;
 mod head;
 mod metadata;
 mod multipart;
 mod negotiation;
+mod staged;
 #[cfg(test)]
 mod tests;
 mod upload;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::map_request;
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use http::{HeaderValue, StatusCode, header};
+use axum::routing::{get, post};
+use http::StatusCode;
 use tower_http::decompression::RequestDecompressionLayer;
 
-use super::error::{Fault, fault};
 use super::{Caller, Filesystem};
-use crate::identity::{AccountsError, PathError};
 
-pub(super) use metadata::MetadataError;
+pub use error::FilesError;
 
-/// The routes of this folder, for merging into the agent's router: `GET` and `POST /files`, bodies of any size.
+/// The routes of this folder, for merging into the agent's router: `GET` and `POST /files` with bodies of any size, and
+/// `POST /files/compose`.
 ///
 /// `HEAD` stays 405, as it is in envd: a middleware that guards the two methods by name must not be passed by a third one.
 pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
     let files = get(download::download).post(upload::upload).head(async || StatusCode::METHOD_NOT_ALLOWED);
     axum::Router::new()
         .route("/files", files)
+        .route("/files/compose", post(compose::compose))
         .layer(DefaultBodyLimit::disable())
         // Removes the header of what it decodes; the upload refuses a request that still has one.
         .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
-        .layer(map_request(upload::keep_wire_body))
+        .layer(map_request(body::keep_wire_body))
         .with_state(filesystem)
 }
 
@@ -75,105 +79,12 @@ impl Filesystem {
     }
 }
 
-/// A failed transfer; the texts are those of envd.md sections 4.5 and 4.6.
-#[derive(Debug, thiserror::Error)]
-pub enum FilesError {
-    #[error("error looking up user '{name}': {source}")]
-    User { name: String, source: AccountsError },
-    #[error(transparent)]
-    Path(#[from] PathError),
-    #[error("path '{}' does not exist", path.display())]
-    NotFound { path: PathBuf },
-    #[error("path '{}' is a directory", path.display())]
-    IsDirectory { path: PathBuf },
-    /// A pipe, a socket or a device: transferring it could block for ever or change the machine.
-    #[error("path '{}' is not a regular file", path.display())]
-    NotRegular { path: PathBuf },
-    #[error(
-        "no acceptable encoding: both gzip and identity are refused, or a range or a condition needs identity"
-    )]
-    NotAcceptable,
-    #[error("unsupported content type: {content_type}")]
-    ContentType { content_type: String },
-    #[error("unsupported content encoding: {encoding}")]
-    ContentEncoding { encoding: String },
-    #[error("the body is not valid gzip: {message}")]
-    BadGzip { message: String },
-    #[error("the request body broke off: {message}")]
-    BodyBroken { message: String },
-    #[error("malformed multipart body: {message}")]
-    Multipart { message: String },
-    #[error("an upload of application/octet-stream needs the query parameter 'path'")]
-    MissingPath,
-    #[error("a part named 'file' has no filename, and the query has no 'path'")]
-    MissingFileName,
-    #[error("path '{}' is given twice in one upload", path.display())]
-    SamePath { path: PathBuf },
-    #[error(transparent)]
-    Metadata(#[from] MetadataError),
-    #[error("not enough inodes available")]
-    NoInodes,
-    #[error(
-        "attempted to write {attempted} bytes: not enough disk space available ({written} bytes were written)"
-    )]
-    NoSpace { attempted: u64, written: u64 },
-    #[error("not enough space for file metadata")]
-    NoSpaceForMetadata,
-    #[error("cannot {action} '{}': {source}", path.display())]
-    Io { action: &'static str, path: PathBuf, source: io::Error },
-    /// The agent is going down and took the thread that worked on the transfer with it.
-    #[error("the agent is shutting down")]
-    Stopped,
-}
-
-impl FilesError {
-    /// For `map_err`: keeps what was being done, and to which path.
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_owned(), source }
-    }
-
-    /// The HTTP status of this failure.
-    pub fn status(&self) -> StatusCode {
-        match self {
-            Self::User { source: AccountsError::UnknownUser { .. }, .. } => StatusCode::UNAUTHORIZED,
-            Self::User { source: AccountsError::Read { .. }, .. } => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::NotFound { .. } => StatusCode::NOT_FOUND,
-            Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
-            Self::Path(_)
-            | Self::IsDirectory { .. }
-            | Self::NotRegular { .. }
-            | Self::ContentType { .. }
-            | Self::ContentEncoding { .. }
-            | Self::BadGzip { .. }
-            | Self::BodyBroken { .. }
-            | Self::Multipart { .. }
-            | Self::MissingPath
-            | Self::MissingFileName
-            | Self::SamePath { .. }
-            | Self::Metadata(_) => StatusCode::BAD_REQUEST,
-            Self::NoInodes | Self::NoSpace { .. } | Self::NoSpaceForMetadata => {
-                StatusCode::INSUFFICIENT_STORAGE
-            }
-            Self::Io { source, .. } => match fault(source) {
-                Fault::NotFound => StatusCode::NOT_FOUND,
-                Fault::NotADirectory | Fault::IsADirectory | Fault::Invalid => StatusCode::BAD_REQUEST,
-                Fault::Denied => StatusCode::FORBIDDEN,
-                Fault::Precondition => StatusCode::CONFLICT,
-                Fault::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
-                Fault::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
-                Fault::Other => StatusCode::INTERNAL_SERVER_ERROR,
-            },
-            Self::Stopped => StatusCode::SERVICE_UNAVAILABLE,
-        }
-    }
-}
-
-impl IntoResponse for FilesError {
-    fn into_response(self) -> Response {
-        let status = self.status();
-        let body = serde_json::json!({ "code": status.as_u16(), "message": self.to_string() });
-        let nosniff = [(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"))];
-        (status, nosniff, axum::Json(body)).into_response()
+impl Caller {
+    /// Runs file work of `/files` as the user.
+    fn files_work<T>(&self, work: impl FnOnce() -> Result<T, FilesError>) -> Result<T, FilesError> {
+        let _acting =
+            self.act().map_err(|source| FilesError::Credentials { user: self.user.name.clone(), source })?;
+        work().map_err(|error| error.of(&self.user))
     }
 }
 
@@ -182,4 +93,27 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, FilesError> + Send + 'static,
 ) -> Result<T, FilesError> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|_cancelled| Err(FilesError::Stopped))
+}
+
+/// Runs file work on a blocking thread, as the caller's user.
+async fn as_user<T: Send + 'static>(
+    caller: &Arc<Caller>,
+    work: impl FnOnce(&Arc<Caller>) -> Result<T, FilesError> + Send + 'static,
+) -> Result<T, FilesError> {
+    let caller = Arc::clone(caller);
+    blocking(move || caller.files_work(|| work(&caller))).await
+}
+
+/// As [`as_user`], for work that makes something at `path`.
+async fn as_user_at<T: Send + 'static>(
+    caller: &Arc<Caller>,
+    path: PathBuf,
+    work: impl FnOnce(&Arc<Caller>, &Path) -> Result<T, FilesError> + Send + 'static,
+) -> Result<T, FilesError> {
+    let caller = Arc::clone(caller);
+    blocking(move || {
+        caller.prepare_home(&path);
+        caller.files_work(|| work(&caller, &path))
+    })
+    .await
 }

@@ -2,28 +2,29 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::sync::Arc;
 
 use axum::body::{Body, BodyDataStream};
 use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
-use futures_util::stream::Fuse;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::StreamExt as _;
 use http::{HeaderMap, header};
 use serde::Serialize;
 
-use super::destination::Destination;
+use super::body::{WireBody, WireError};
+use super::destination::{Destination, Replace};
+use super::digest::{self, Hashers};
 use super::multipart::{Disposition, Held, Paced, TooMuchHeld, as_form_data, is_multipart};
-use super::{FilesError, FilesQuery, Filesystem, blocking, metadata};
+use super::staged::Staged;
+use super::{FilesError, FilesQuery, Filesystem, as_user, as_user_at, blocking, metadata};
 use crate::filesystem::Caller;
 
-/// How long the rest of a body is read that nobody wants any more.
-const DRAIN: Duration = Duration::from_secs(10);
+/// How the files of an upload take their places; additive to envd's protocol.
+const REPLACE: &str = "guestd-replace";
+/// How many files one request may replace at once: each is open until its end.
+const MOST_STAGED: usize = 100;
 
 /// One file of the answer.
 #[derive(Debug, Serialize)]
@@ -47,9 +48,12 @@ pub(super) async fn upload(
 ) -> Result<Response, FilesError> {
     let (mut parts, body) = request.into_parts();
     let wire = parts.extensions.remove::<WireBody>();
-    let result = receive(&filesystem, &query, parts, body.into_data_stream()).await;
-    if let (Err(_), Some(wire)) = (&result, wire) {
-        wire.drain().await;
+    let Some(wire) = wire else { return Err(FilesError::Stopped) };
+    let result = receive(&filesystem, &query, parts, body.into_data_stream(), &wire).await;
+    match &result {
+        // Nobody is there to be listened to.
+        Ok(_) | Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => {}
+        Err(_) => wire.drain().await,
     }
     result.map(|uploaded| axum::Json(uploaded).into_response())
 }
@@ -59,12 +63,19 @@ async fn receive(
     query: &FilesQuery,
     mut parts: http::request::Parts,
     body: BodyDataStream,
+    wire: &WireBody,
 ) -> Result<Vec<Uploaded>, FilesError> {
     let metadata = Arc::new(metadata::parse(&parts.headers)?);
+    let replace = replace(&parts.headers)?;
+    let digests = digest::expected(&parts.headers)?;
     refuse_encodings(&parts.headers)?;
+    if !digests.is_empty() {
+        wire.hash(Hashers::new(&digests));
+    }
     let (filesystem, username) = (Arc::clone(filesystem), query.username().map(str::to_owned));
     let caller = Arc::new(blocking(move || filesystem.files_caller(username.as_deref())).await?);
-    let mut upload = Upload { caller, metadata, seen: HashSet::new(), uploaded: Vec::new() };
+    let mut upload =
+        Upload { caller, metadata, replace, seen: HashSet::new(), staged: Vec::new(), uploaded: Vec::new() };
     let content_type =
         parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -76,7 +87,33 @@ async fn receive(
     } else {
         return Err(FilesError::ContentType { content_type: content_type.to_owned() });
     }
-    Ok(upload.uploaded)
+    if !digests.is_empty() {
+        let hashers = wire.clone().hashed().await.map_err(|error| broken(&error))?;
+        if let Some((expected, actual)) = hashers.and_then(|hashers| hashers.mismatch(digests)) {
+            return Err(FilesError::Digest {
+                field: expected.field,
+                expected: expected.value.to_string(),
+                actual: actual.to_string(),
+                consequence: match replace {
+                    Replace::InPlace => "it is written all the same, because the upload was in place",
+                    Replace::Atomic => "nothing was replaced",
+                },
+            });
+        }
+    }
+    upload.commit().await
+}
+
+/// `Guestd-Replace: atomic`, or nothing for in place.
+fn replace(headers: &HeaderMap) -> Result<Replace, FilesError> {
+    let mut values = headers.get_all(REPLACE).iter();
+    match (values.next().map(|value| value.as_bytes()), values.next()) {
+        (None, _) => Ok(Replace::InPlace),
+        (Some(b"atomic"), None) => Ok(Replace::Atomic),
+        (Some(value), _) => {
+            Err(FilesError::ReplaceMode { value: String::from_utf8_lossy(value).into_owned() })
+        }
+    }
 }
 
 /// Gzip has been decoded on the way here, and its header removed.
@@ -94,7 +131,10 @@ fn refuse_encodings(headers: &HeaderMap) -> Result<(), FilesError> {
 struct Upload {
     caller: Arc<Caller>,
     metadata: Arc<BTreeMap<String, String>>,
+    replace: Replace,
     seen: HashSet<PathBuf>,
+    /// What waits for the end of the request, so that a request that fails replaces nothing.
+    staged: Vec<Staged>,
     uploaded: Vec<Uploaded>,
 }
 
@@ -144,16 +184,19 @@ impl Upload {
         if !self.seen.insert(path.clone()) {
             return Err(FilesError::SamePath { path });
         }
-        let caller = Arc::clone(&self.caller);
-        blocking(move || {
-            let destination = Destination::open(&path, caller.owner())?;
-            Ok(OpenFile { path, destination })
+        if self.replace == Replace::Atomic && self.seen.len() > MOST_STAGED {
+            return Err(FilesError::TooManyStaged { limit: MOST_STAGED });
+        }
+        let replace = self.replace;
+        let destination = as_user_at(&self.caller, path.clone(), move |caller, path| {
+            Destination::open(caller, path, replace)
         })
-        .await
+        .await?;
+        Ok(OpenFile { path, destination })
     }
 
     async fn finish(&mut self, file: OpenFile) -> Result<(), FilesError> {
-        file.destination.finish(Arc::clone(&self.metadata)).await?;
+        self.staged.extend(file.destination.finish(Arc::clone(&self.metadata)).await?);
         self.uploaded.push(Uploaded {
             name: file.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             path: file.path.to_string_lossy().into_owned(),
@@ -161,6 +204,15 @@ impl Upload {
             metadata: self.metadata.as_ref().clone(),
         });
         Ok(())
+    }
+
+    /// Puts what was staged in its place.
+    async fn commit(self) -> Result<Vec<Uploaded>, FilesError> {
+        for staged in self.staged {
+            let metadata = Arc::clone(&self.metadata);
+            as_user(&self.caller, move |_| staged.commit(&metadata)).await?;
+        }
+        Ok(self.uploaded)
     }
 }
 
@@ -189,8 +241,16 @@ fn multipart_error(error: MultipartError) -> FilesError {
     }
 }
 
-fn body_error(error: axum::Error) -> FilesError {
+pub(super) fn body_error(error: axum::Error) -> FilesError {
     cause_of(&error).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
+}
+
+fn broken(error: &WireError) -> FilesError {
+    let message = error.to_string();
+    match error {
+        WireError::BrokenOff(_) => FilesError::BodyBroken { message },
+        WireError::Idle => FilesError::Idle { message },
+    }
 }
 
 /// What was wrong with the body, when the body is what was wrong: the connection's failures are marked where the body comes in,
@@ -201,8 +261,8 @@ fn cause_of(error: &(dyn std::error::Error + 'static)) -> Option<FilesError> {
         let message = error.to_string();
         if error.is::<TooMuchHeld>() {
             return Some(FilesError::Multipart { message });
-        } else if error.is::<BrokenOff>() {
-            return Some(FilesError::BodyBroken { message });
+        } else if let Some(error) = error.downcast_ref::<WireError>() {
+            return Some(broken(error));
         } else if error.is::<std::io::Error>() {
             return Some(FilesError::BadGzip { message });
         }
@@ -210,41 +270,3 @@ fn cause_of(error: &(dyn std::error::Error + 'static)) -> Option<FilesError> {
     }
     None
 }
-
-/// Makes the body available twice: to the upload, decoded, and to its end, as it comes from the wire.
-pub(super) async fn keep_wire_body(request: Request) -> Request {
-    let (mut parts, body) = request.into_parts();
-    let wire = WireBody(Arc::new(Mutex::new(body.into_data_stream().fuse())));
-    parts.extensions.insert(wire.clone());
-    Request::from_parts(parts, Body::from_stream(wire))
-}
-
-/// The request body in two hands: the one that decodes and parses it, and the one that empties it when that has failed.
-///
-/// A server that answers in the middle of a request and closes sends a reset, and the answer is lost with it: most clients read
-/// nothing until they have sent everything.
-#[derive(Clone, Debug)]
-struct WireBody(Arc<Mutex<Fuse<BodyDataStream>>>);
-
-impl WireBody {
-    /// Reads the rest, for a while.
-    async fn drain(mut self) {
-        let emptied = async { while let Some(Ok(_)) = self.next().await {} };
-        // Whether it ended or the time is up, the answer goes out now.
-        let _ = tokio::time::timeout(DRAIN, emptied).await;
-    }
-}
-
-impl Stream for WireBody {
-    type Item = Result<Bytes, BrokenOff>;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let mut body = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        body.poll_next_unpin(cx).map_err(|error| BrokenOff(error.to_string()))
-    }
-}
-
-/// The client went, or its connection did.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct BrokenOff(String);

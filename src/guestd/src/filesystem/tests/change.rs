@@ -38,6 +38,7 @@ async fn only_created_directories_change_owner() {
     let fixture = Fixture::new();
     let Some(other) = fixture.other() else { return };
     create_dir(fixture.home.join("old")).unwrap();
+    fixture.mode("old", 0o777);
     let before = owner(&fixture.home.join("old"));
     fixture.filesystem.make_dir(other, "old/new/deep".to_owned()).await.unwrap();
     assert_eq!(owner(&fixture.home.join("old")), before);
@@ -141,4 +142,69 @@ async fn the_root_directory_is_never_removed() {
     for path in ["/", "//", "/..", "/tmp/../"] {
         assert!(matches!(remove(&fixture, path).await, Err(FilesystemError::Root)), "{path}");
     }
+}
+
+#[tokio::test]
+async fn what_a_user_may_not_do_is_not_done_for_it() {
+    let fixture = Fixture::new();
+    let Some(other) = fixture.other() else { return };
+    fixture.write("dir/file", "x");
+    fixture.mode("dir", 0o700);
+    let filesystem = &fixture.filesystem;
+    let outcomes = [
+        filesystem.make_dir(other.clone(), format!("{}/new", fixture.home.display())).await.map(drop),
+        filesystem.remove(other.clone(), format!("{}/dir", fixture.home.display())).await,
+        filesystem.stat(other.clone(), format!("{}/dir/file", fixture.home.display())).await.map(drop),
+        filesystem.list_dir(other.clone(), format!("{}/dir", fixture.home.display()), 1).await.map(drop),
+        filesystem.rename(other, "dir".to_owned(), "moved".to_owned()).await.map(drop),
+    ];
+    for outcome in outcomes {
+        let error = outcome.unwrap_err();
+        assert_eq!(error.code().as_str(), "permission_denied", "{error}");
+        assert!(error.to_string().starts_with("user 'other' may not "), "{error}");
+    }
+    assert!(fixture.home.join("dir/file").exists());
+}
+
+#[tokio::test]
+async fn a_missing_home_is_made_for_its_user() {
+    let fixture = Fixture::new();
+    let Some(other) = fixture.other() else { return };
+    std::fs::remove_dir(&fixture.home).unwrap();
+    fixture.filesystem.make_dir(other, "projects/one".to_owned()).await.unwrap();
+    for path in ["", "projects", "projects/one"] {
+        assert_eq!(owner(&fixture.home.join(path)), (12345, 12346), "{path}");
+    }
+    assert_eq!(owner(fixture.home.parent().unwrap()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_tree_deeper_than_the_stack_and_the_descriptor_table_is_listed_and_removed() {
+    let fixture = Fixture::new();
+    let deep = fixture.home.join("deep");
+    create_dir(&deep).unwrap();
+    // No path can be that long, so it is made from the bottom up.
+    for _ in 0..3000 {
+        create_dir(fixture.home.join("above")).unwrap();
+        std::fs::rename(&deep, fixture.home.join("above/d")).unwrap();
+        std::fs::rename(fixture.home.join("above"), &deep).unwrap();
+    }
+    fixture.write("deep/d/e", "");
+    let entries = fixture.filesystem.list_dir(nobody(), "deep".to_owned(), u32::MAX).await.unwrap();
+    assert_eq!(entries.last().unwrap().name, "e", "the walk found its way up again");
+    let longest = entries.iter().map(|entry| entry.path.len()).max().unwrap();
+    assert!((4000..4100).contains(&longest), "{longest}");
+    remove(&fixture, "deep").await.unwrap();
+    assert!(!deep.exists());
+}
+
+#[tokio::test]
+async fn more_names_than_are_held_at_once_are_removed() {
+    let fixture = Fixture::new();
+    create_dir(fixture.home.join("full")).unwrap();
+    for number in 0..5000 {
+        std::fs::write(fixture.home.join(format!("full/{number}")), "").unwrap();
+    }
+    remove(&fixture, "full").await.unwrap();
+    assert!(!fixture.home.join("full").exists());
 }

@@ -6,7 +6,7 @@ mod list;
 mod rpc;
 mod transfer;
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -33,6 +33,8 @@ impl Fixture {
         let home = base.join("home/tester");
         std::fs::create_dir_all(&home).unwrap();
         std::fs::create_dir(base.join("etc")).unwrap();
+        // Somebody else gets as far as the home directory, and into it by the leave of a test.
+        std::fs::set_permissions(&base, std::fs::Permissions::from_mode(0o755)).unwrap();
         let me = home.metadata().unwrap();
         let passwd = format!(
             "tester:x:{}:{}::{}:/bin/sh\nother:x:12345:12346::{}:/bin/sh\n",
@@ -71,7 +73,11 @@ impl Fixture {
         path
     }
 
-    /// Somebody else, for tests of ownership; only root can give files away.
+    pub(super) fn mode(&self, path: &str, mode: u32) {
+        std::fs::set_permissions(self.home.join(path), std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// Somebody else, for tests of rights; only root can act as others.
     pub(super) fn other(&self) -> Option<RequestUser> {
         is_root().then(|| RequestUser(Some(self.accounts.user("other").unwrap())))
     }

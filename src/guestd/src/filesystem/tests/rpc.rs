@@ -81,6 +81,7 @@ async fn a_failure_carries_its_code_and_status() {
 async fn the_user_of_the_request_owns_what_it_makes() {
     let fixture = Fixture::new();
     let Some(other) = fixture.other() else { return };
+    fixture.mode("", 0o777);
     let (_, reply) = call(&fixture, "MakeDir", json!({ "path": "d" }), Some(other)).await;
     assert_eq!((&reply["entry"]["owner"], &reply["entry"]["group"]), (&json!("other"), &json!("others")));
 }

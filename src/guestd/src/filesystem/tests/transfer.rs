@@ -7,7 +7,12 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::{Fixture, has_attributes, nobody};
+use crate::filesystem::place::Place;
 use crate::filesystem::{sys, transfer};
+
+fn move_across(source: &Path, destination: &Path) -> std::io::Result<()> {
+    transfer::move_across(&Place::open(source)?, &Place::open(destination)?)
+}
 
 #[test]
 fn a_tree_arrives_with_everything_that_it_was() {
@@ -26,7 +31,7 @@ fn a_tree_arrives_with_everything_that_it_was() {
     }
     open.set_times(FileTimes::new().set_modified(time)).unwrap();
     let moved = fixture.home.join("moved");
-    transfer::move_across(&fixture.home.join("tree"), &moved).unwrap();
+    move_across(&fixture.home.join("tree"), &moved).unwrap();
     assert!(!fixture.home.join("tree").exists());
     let metadata = moved.join("sub/file").metadata().unwrap();
     assert_eq!(
@@ -47,11 +52,11 @@ fn a_tree_arrives_with_everything_that_it_was() {
 fn an_existing_file_is_replaced_and_an_empty_directory_too() {
     let fixture = Fixture::new();
     let (source, target) = (fixture.write("source", "new"), fixture.write("target", "old"));
-    transfer::move_across(&source, &target).unwrap();
+    move_across(&source, &target).unwrap();
     assert_eq!(std::fs::read(&target).unwrap(), b"new");
     fixture.write("tree/file", "");
     std::fs::create_dir(fixture.home.join("empty")).unwrap();
-    transfer::move_across(&fixture.home.join("tree"), &fixture.home.join("empty")).unwrap();
+    move_across(&fixture.home.join("tree"), &fixture.home.join("empty")).unwrap();
     assert!(fixture.home.join("empty/file").exists());
 }
 
@@ -61,7 +66,7 @@ fn what_cannot_be_replaced_is_refused_before_anything_is_copied() {
     fixture.write("file", "");
     fixture.write("full/file", "");
     let errno = |source: &str, target: &str| {
-        let moved = transfer::move_across(&fixture.home.join(source), &fixture.home.join(target));
+        let moved = move_across(&fixture.home.join(source), &fixture.home.join(target));
         moved.unwrap_err().raw_os_error().unwrap()
     };
     assert_eq!(errno("file", "full"), libc::EISDIR);

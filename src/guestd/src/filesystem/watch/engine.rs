@@ -23,6 +23,7 @@ use super::outbox::{EVENT_LIMIT, Event, Outbox};
 use super::tree::Tree;
 use super::{DEPTH_LIMIT, DIRECTORY_LIMIT, Spec, WATCHER_LIMIT, WatchError};
 use crate::filesystem::entry;
+use crate::filesystem::place::Place;
 use crate::identity::{Accounts, Names};
 
 /// Which watcher it is, inside the agent.
@@ -522,7 +523,11 @@ impl Engine {
                 } else {
                     watcher.spec.path.join(path)
                 };
-                watcher.spec.look(|| entry::describe(&full, names)).ok().map(Box::new)
+                let look = || {
+                    let place = Place::open(&full)?;
+                    entry::describe(&place.parent, &place.name, &full, names)
+                };
+                watcher.spec.look(look).ok().map(Box::new)
             } else {
                 None
             };

@@ -35,6 +35,7 @@ use self::engine::{Engine, Key};
 use self::kernel::Kernel;
 use self::outbox::Outbox;
 use super::FilesystemError;
+use super::credentials::ActingAs;
 use crate::identity::{Accounts, User};
 
 pub use error::WatchError;
@@ -72,8 +73,9 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// The one place for whose eyes a watcher looks at the disk with: the agent's own, as everything does in this folder.
-    fn look<T>(&self, work: impl FnOnce() -> T) -> T {
+    /// Looks at the disk with the eyes of the watcher's user, on a blocking thread: what that user may not list is not told.
+    fn look<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _acting = ActingAs::user(&self.user)?;
         work()
     }
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 
 use http::StatusCode;
 
-use crate::filesystem::files::{FilesError, MetadataError};
+use crate::filesystem::files::FilesError;
+use crate::filesystem::files::metadata::MetadataError;
 use crate::identity::{AccountsError, PathError};
 
 #[test]
@@ -39,7 +40,7 @@ fn every_failure_has_its_status() {
         (E::Metadata(MetadataError::TooLarge { bytes: 1 }), 400),
         (E::NoInodes, 507),
         (E::NoSpace { attempted: 1, written: 0 }, 507),
-        (E::NoSpaceForMetadata, 507),
+        (E::NoSpaceForMetadata { written: 1 }, 507),
         (E::Stopped, 503),
         (errno(libc::ENOENT), 404),
         (errno(libc::ENOTDIR), 400),

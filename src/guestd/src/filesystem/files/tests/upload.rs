@@ -247,7 +247,7 @@ async fn bad_metadata_is_refused_before_anything_is_written() {
 }
 
 #[tokio::test]
-async fn what_is_created_and_what_is_replaced_belongs_to_the_user() {
+async fn what_is_created_belongs_to_the_user_and_what_is_overwritten_stays_its_owners() {
     let fixture = Fixture::new();
     if !is_root() {
         return;
@@ -256,28 +256,38 @@ async fn what_is_created_and_what_is_replaced_belongs_to_the_user() {
         let metadata = fixture.home.join(path).metadata().unwrap();
         (metadata.uid(), metadata.gid())
     };
-    fixture.write("old", "x");
-    let home = owner("");
-    for path in ["old", "new/f"] {
-        let pairs = [("path", path), ("username", "other")];
-        assert_eq!(post(&fixture, &pairs, &[OCTETS], "x").await.status, StatusCode::OK);
-        assert_eq!(owner(path), (12345, 12346));
-    }
-    assert_eq!((owner("new"), owner("")), ((12345, 12346), home));
+    fixture.mode("", 0o777);
+    fixture.write("open", "x");
+    fixture.mode("open", 0o666);
+    fixture.write("closed", "x");
+    let post =
+        async |path: &str| post(&fixture, &[("path", path), ("username", "other")], &[OCTETS], "new").await;
+    assert_eq!(post("new/f").await.status, StatusCode::OK);
+    assert_eq!((owner("new"), owner("new/f"), owner("")), ((12345, 12346), (12345, 12346), (0, 0)));
+    assert_eq!(post("open").await.status, StatusCode::OK);
+    assert_eq!(owner("open"), (0, 0));
+    let refused = post("closed").await;
+    assert_eq!(refused.status, StatusCode::FORBIDDEN);
+    let message = format!("user 'other' may not open '{}/closed': Permission denied", fixture.home.display());
+    assert!(refused.json()["message"].as_str().unwrap().starts_with(&message), "{}", refused.text());
+    assert_eq!(std::fs::read(fixture.home.join("closed")).unwrap(), b"x");
 }
 
 #[tokio::test]
-async fn a_planted_link_does_not_give_its_target_away() {
+async fn a_planted_link_gives_a_user_no_more_than_its_own_rights() {
     let fixture = Fixture::new();
     if !is_root() {
         return;
     }
     let secret = fixture.write("root-only", "old");
     fixture.link("root-only", "out.txt");
-    let pairs = [("path", "out.txt"), ("username", "other")];
-    assert_eq!(post(&fixture, &pairs, &[OCTETS], "new").await.status, StatusCode::OK);
-    assert_eq!(secret.metadata().unwrap().uid(), 0);
-    assert_eq!(std::fs::read(&secret).unwrap(), b"new");
+    fixture.link("/proc/self/fd/0", "agents-own");
+    for path in ["out.txt", "agents-own"] {
+        let pairs = [("path", path), ("username", "other")];
+        let answer = post(&fixture, &pairs, &[OCTETS], "new").await;
+        assert!(answer.status.is_client_error(), "{path}: {}", answer.status);
+    }
+    assert_eq!((secret.metadata().unwrap().uid(), std::fs::read(&secret).unwrap()), (0, b"old".to_vec()));
 }
 
 #[tokio::test]
