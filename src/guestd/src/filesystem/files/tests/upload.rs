@@ -336,3 +336,47 @@ async fn a_refused_upload_is_read_to_its_end_so_that_the_answer_arrives() {
         assert_eq!(read.iter().count(), 50, "{headers:?}");
     }
 }
+
+/// A body that sends this much and then keeps the connection open.
+fn stalling(start: &'static [u8]) -> Body {
+    let start = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(start))]);
+    Body::from_stream(futures_util::StreamExt::chain(start, stream::pending()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_sends_nothing_for_a_minute_loses_its_upload() {
+    let fixture = Fixture::new();
+    let part = b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nhalf";
+    let cases: [(Pairs, Pair, &'static [u8]); 3] =
+        [(&[("path", "o")], OCTETS, b"half"), (&[("path", "o")], OCTETS, b""), (&[], MULTIPART, part)];
+    for (pairs, kind, start) in cases {
+        for atomic in [&[kind][..], &[kind, ("guestd-replace", "atomic")]] {
+            let mut request = Request::post(query(pairs));
+            for (name, value) in atomic {
+                request = request.header(*name, *value);
+            }
+            let began = tokio::time::Instant::now();
+            let router = crate::filesystem::routes(std::sync::Arc::clone(&fixture.filesystem));
+            let answer =
+                tower::ServiceExt::oneshot(router, request.body(stalling(start)).unwrap()).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::REQUEST_TIMEOUT);
+            let waited = began.elapsed().as_secs();
+            assert!((60..62).contains(&waited), "{waited}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_sends_a_little_every_50_seconds_is_slow_and_not_stalled() {
+    let fixture = Fixture::new();
+    let pieces = stream::unfold(0, async |number| {
+        tokio::time::sleep(std::time::Duration::from_secs(50)).await;
+        (number < 5).then_some((Ok::<_, std::io::Error>(Bytes::from_static(b"x")), number + 1))
+    });
+    let request = Request::post(query(&[("path", "slow")])).header(OCTETS.0, OCTETS.1);
+    let router = crate::filesystem::routes(std::sync::Arc::clone(&fixture.filesystem));
+    let body = Body::from_stream(Box::pin(pieces));
+    let answer = tower::ServiceExt::oneshot(router, request.body(body).unwrap()).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert_eq!(std::fs::read(fixture.home.join("slow")).unwrap(), b"xxxxx");
+}
