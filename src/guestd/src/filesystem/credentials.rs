@@ -6,7 +6,8 @@
 //!
 //! Credentials belong to threads. The calls here are the bare system calls, which change the calling thread; the C library's
 //! functions of the same names would change every thread of the process, and with them the listeners. Only blocking threads
-//! come here, and a thread that cannot get its own credentials back ends the process.
+//! come here, and a thread that cannot get its own credentials back ends the process. A thread is born with the credentials of the
+//! one that makes it, so nothing may start a thread, or a task that may need a new one, inside an [`ActingAs`].
 //!
 //! The *effective* ids change, not only the file-system ids: files in `/proc/sys` are judged by the effective ones. The real and the
 //! saved user stay root, so that the way back is open, and so that the user can neither signal nor trace the thread. The
@@ -40,19 +41,26 @@ impl ActingAs {
     ///
     /// # Errors
     ///
-    /// Those of setgroups(2), setresgid(2) and setresuid(2); the thread is itself again.
+    /// Those of setgroups(2), setresgid(2) and setresuid(2), and when the thread acts as somebody else; it is then as it was.
     pub(super) fn user(user: &User) -> io::Result<Self> {
         let mut acting = Self { switched: false, _this_thread: PhantomData };
-        if user.uid == 0 || !geteuid().is_root() {
+        let (own, now) = (own()?, geteuid().as_raw());
+        if own.user != now {
+            return Err(io::Error::other(format!("the thread acts as user {now} already")));
+        }
+        if user.uid == 0 || own.user != 0 {
             return Ok(acting);
         }
-        // Before the first step, so that the way back is known.
-        own()?;
         acting.switched = true;
         set_groups(&user.groups)?;
         set_effective_group(user.gid)?;
         set_effective_user(user.uid)?;
         Ok(acting)
+    }
+
+    /// Whether the calling thread acts as a user, and must therefore start nothing.
+    pub(super) fn is_under_way() -> bool {
+        own().is_ok_and(|own| own.user != geteuid().as_raw())
     }
 }
 
@@ -75,6 +83,7 @@ impl Drop for ActingAs {
 
 /// What the agent's threads are when they act for nobody; it never changes.
 struct Own {
+    user: u32,
     group: u32,
     groups: Vec<u32>,
 }
@@ -85,7 +94,7 @@ fn own() -> io::Result<&'static Own> {
         return Ok(own);
     }
     let groups = getgroups()?.into_iter().map(nix::unistd::Gid::as_raw).collect();
-    Ok(OWN.get_or_init(|| Own { group: getegid().as_raw(), groups }))
+    Ok(OWN.get_or_init(|| Own { user: geteuid().as_raw(), group: getegid().as_raw(), groups }))
 }
 
 fn set_groups(groups: &[u32]) -> io::Result<()> {
@@ -167,6 +176,24 @@ mod tests {
         });
         assert_eq!(other.join().unwrap(), Some(libc::EACCES), "a user must not write what root may");
         assert_eq!(status(), before);
+    }
+
+    #[test]
+    fn a_thread_that_acts_already_acts_for_nobody_else() {
+        if !geteuid().is_root() {
+            return;
+        }
+        assert!(!ActingAs::is_under_way());
+        let acting = ActingAs::user(&stranger()).unwrap();
+        assert!(ActingAs::is_under_way());
+        // Born with the credentials of this one, as a pool's thread would be.
+        let born = std::thread::spawn(|| {
+            let other = User { uid: 54321, ..stranger() };
+            ActingAs::user(&other).unwrap_err().to_string()
+        });
+        assert_eq!(born.join().unwrap(), "the thread acts as user 12345 already");
+        drop(acting);
+        assert!(!ActingAs::is_under_way());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::destination::{no_inodes, regular};
 use super::{FilesError, metadata};
 use crate::filesystem::Caller;
+use crate::filesystem::credentials::ActingAs;
 use crate::filesystem::entry::METADATA_PREFIX;
 use crate::filesystem::error::{Fault, fault};
 use crate::filesystem::place::{Place, open_at, reopen};
@@ -139,10 +141,19 @@ impl Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         let Some(hidden) = self.hidden.take() else { return };
-        let caller = Arc::clone(&self.caller);
-        let parent = self.place.parent.try_clone();
-        let remove = move || discard(&caller, parent, &hidden);
+        if ActingAs::is_under_way() {
+            // On a blocking thread, as this very user; it must not start another thread.
+            return report(&hidden, discard(&self.place.parent, &hidden));
+        }
         // A client that goes takes the whole call with it, and that happens on the runtime's own thread.
+        let (caller, parent) = (Arc::clone(&self.caller), self.place.parent.try_clone());
+        let remove = move || {
+            let removed = parent.and_then(|parent| {
+                let _acting = caller.act()?;
+                discard(&parent, &hidden)
+            });
+            report(&hidden, removed);
+        };
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(remove)),
             Err(_outside) => remove(),
@@ -150,11 +161,11 @@ impl Drop for Staged {
     }
 }
 
-fn discard(caller: &Caller, parent: std::io::Result<OwnedFd>, hidden: &OsStr) {
-    let removed = parent.and_then(|parent| {
-        let _acting = caller.act()?;
-        Ok(unlinkat(parent, hidden, UnlinkatFlags::NoRemoveDir)?)
-    });
+fn discard(parent: &OwnedFd, hidden: &OsStr) -> io::Result<()> {
+    Ok(unlinkat(parent, hidden, UnlinkatFlags::NoRemoveDir)?)
+}
+
+fn report(hidden: &OsStr, removed: io::Result<()>) {
     if let Err(error) = removed {
         tracing::warn!(name = %hidden.display(), %error, "an unfinished file stays behind");
     }
