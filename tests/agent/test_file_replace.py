@@ -81,6 +81,16 @@ def test_an_atomic_upload_keeps_attributes_until_there_are_new_ones(agent, place
     assert sorted(os.listxattr(path)) == ["user.e2b.kind", "user.other"]
 
 
+def test_the_rights_of_a_program_do_not_pass_to_its_replacement(agent, place):
+    path = old_file(place, 0o755)
+    try:
+        os.setxattr(path, "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+    except OSError:
+        pytest.skip("rights of programs were not tested: this file system has none")
+    assert upload(agent, path, b"new", ATOMIC).status_code == 200
+    assert "security.capability" not in os.listxattr(path)
+
+
 def test_an_atomic_upload_replaces_what_a_link_leads_to_and_not_the_link(agent, place):
     path = old_file(place)
     (place / "other").mkdir()

@@ -149,7 +149,7 @@ pub(super) fn open_at(directory: impl AsFd, path: &Path, flags: OFlag, mode: Mod
     })
 }
 
-/// Opens what a descriptor of [`look`] stands for, and nothing else.
+/// Opens what a descriptor of [`look`] stands for, and nothing else. Needs `/proc`, as every machine has it.
 ///
 /// # Errors
 ///

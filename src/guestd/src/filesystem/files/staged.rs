@@ -28,6 +28,9 @@ use crate::filesystem::transfer::copy_identity;
 /// What file systems allow in a name.
 const MOST_NAME_BYTES: usize = 255;
 
+/// Attributes that vouch for the content that goes: its rights as a program, its measurements. A write in place drops them as well.
+const ABOUT_CONTENT: [&[u8]; 3] = [b"security.capability", b"security.ima", b"security.evm"];
+
 /// What the hidden name of a staged file ends in.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Suffix {
@@ -106,7 +109,8 @@ impl Staged {
         let failed = |action| FilesError::io(action, path);
         match &self.old {
             Some(old) => copy_identity(old, &self.file, |name| {
-                metadata.is_empty() || !name.starts_with(METADATA_PREFIX.as_bytes())
+                let replaced = !metadata.is_empty() && name.starts_with(METADATA_PREFIX.as_bytes());
+                !replaced && !ABOUT_CONTENT.contains(&name)
             }),
             None => self.caller.owner().take(&*self.file),
         }
