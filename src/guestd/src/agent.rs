@@ -16,11 +16,12 @@ use guestd_protocol::wire::process::ProcessExt;
 use guestd_protocol::{SERIAL_PORT_NAME, VSOCK_PORT};
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
-use crate::access::{self, Access};
+use crate::access::{self, Access, Rules};
 use crate::activity::rpc::ActivityService;
 use crate::activity::{self, Activity};
-use crate::doors::{self, Doors};
+use crate::doors::{self, Connections, Doors};
 use crate::filesystem::{self, Filesystem};
+use crate::freeze::{self, Freezer};
 use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
 use crate::notice::{self, Notices};
@@ -30,6 +31,9 @@ use crate::system::{self, System};
 
 /// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
 const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
+
+/// Where the machine's control groups are (cgroups(7)).
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// How long a browser may remember a preflight's answer (contract: envd.md section 4.1).
 const PREFLIGHT_LIFE: Duration = Duration::from_secs(7200);
@@ -46,25 +50,70 @@ pub struct Config {
     pub own_machine: bool,
     /// A kernel of its own: it may set the clock. A container's clock is its host's.
     pub own_kernel: bool,
+    /// While no token is set, serve the network as well (DESIGN.md section 3 has it closed).
+    pub insecure_open: bool,
+    /// Where `/init` writes names and certificates: `/`, but for tests.
+    pub root: PathBuf,
+    /// The cgroup v2 hierarchy that a freeze is about.
+    pub cgroup_root: PathBuf,
+    /// Firecracker's metadata service, where there is one.
+    pub mmds: Option<SocketAddr>,
     /// Ends the machine.
     pub power_off: fn(),
     /// Where programs of the machine say that they are busy.
     pub activity_socket: Option<PathBuf>,
 }
 
+impl Default for Config {
+    /// An ordinary service that listens nowhere.
+    fn default() -> Self {
+        Self {
+            tcp: Vec::new(),
+            unix: None,
+            machine_links: false,
+            own_machine: false,
+            own_kernel: false,
+            insecure_open: false,
+            root: PathBuf::from("/"),
+            cgroup_root: PathBuf::from(CGROUP_ROOT),
+            mmds: None,
+            activity_socket: None,
+            power_off: || std::process::exit(0),
+        }
+    }
+}
+
+/// What [`serve`] puts behind the doors.
+struct Built {
+    router: Router,
+    access: Arc<Access>,
+    connections: Connections,
+    inhibition: Arc<Inhibition>,
+    system: Arc<System>,
+}
+
 /// The capabilities and the router in front of them.
-pub fn router(config: &Config) -> (Router, Arc<Access>, Arc<Inhibition>) {
+fn build(config: &Config) -> Built {
     let accounts = Arc::new(Accounts::new(Path::new("/")));
     let settings = Arc::new(Settings::new(config.own_machine));
-    let access = Arc::new(Access::default());
+    let rules = Rules { insecure_open: config.insecure_open, own_machine: config.own_machine };
+    let access = Arc::new(Access::new(rules));
+    let connections = Connections::default();
+    let freezer = Freezer::new(config.cgroup_root.clone(), config.root.clone());
     let activity = Activity::new(Policy::default());
     let inhibition = Inhibition::new(Arc::clone(&activity));
     let notices = Arc::new(Notices::new(Arc::clone(&activity), PathBuf::from(notice::HOOKS)));
     let processes = Processes::new(Arc::clone(&activity));
     let files =
         Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings), Arc::clone(&activity)));
-    let system =
-        Arc::new(System::new(Arc::clone(&access), Arc::clone(&settings), Arc::clone(&inhibition), config));
+    let system = System::new(
+        Arc::clone(&access),
+        Arc::clone(&settings),
+        Arc::clone(&freezer),
+        connections.clone(),
+        Arc::clone(&inhibition),
+        config,
+    );
 
     let rpc = connectrpc::Router::new();
     let rpc = Arc::new(ProcessService::new(processes, Arc::clone(&accounts), settings)).register(rpc);
@@ -75,14 +124,16 @@ pub fn router(config: &Config) -> (Router, Arc<Access>, Arc<Inhibition>) {
         Limits::default().with_max_message_size(MESSAGE_LIMIT).with_max_request_body_size(MESSAGE_LIMIT);
 
     // The outermost layer is the last: CORS answers preflights before anybody is asked for a credential (contract: envd.md section 4.1).
-    let router = system::routes(system)
+    let router = system::routes(Arc::clone(&system))
+        .merge(freeze::http::routes(Arc::clone(&freezer)))
         .merge(filesystem::routes(files))
         .fallback_service(ConnectRpcService::new(rpc).with_limits(limits))
+        .layer(middleware::from_fn_with_state(freezer, freeze::http::hold_back))
         .layer(middleware::from_fn_with_state(activity, activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
         .layer(cors());
-    (router, access, inhibition)
+    Built { router, access, connections, inhibition, system }
 }
 
 /// For SDKs in browsers. The headers that were asked for are named one by one: a `*` does not cover `Authorization` (Fetch standard).
@@ -101,8 +152,8 @@ fn cors() -> CorsLayer {
 /// # Errors
 /// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
 pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let (router, access, inhibition) = router(&config);
-    let doors = Doors::new(router, access);
+    let Built { router, access, connections, inhibition, system } = build(&config);
+    let doors = Doors::new(router, access, connections);
     for address in &config.tcp {
         let listener = doors::bind_tcp(*address)?;
         tracing::info!(address = %listener.local_addr()?, "listening");
@@ -129,6 +180,7 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result
             tokio::spawn(doors.serial(device));
         }
     }
+    system.start();
     stop.await;
     Ok(())
 }

@@ -9,13 +9,15 @@ use std::process::ExitCode;
 
 use guestd::agent::{self, Config};
 use guestd::init::{self, Place};
+use guestd::mmds;
 use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
 use tokio::signal::unix::{SignalKind, signal};
 
 const USAGE: &str = "\
 guestd: the agent inside every microVM
 
-usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH]
+usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH] [--machine]
+                    [--insecure-open] [--mmds[=ADDRESS:PORT]] [--cgroup-root PATH] [--root PATH]
        guestd busy [--why TEXT] [--ttl DURATION] [-- COMMAND]
        guestd idle [--json]
        guestd --version
@@ -23,13 +25,25 @@ usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket
   serve          run as an ordinary service
   --port N       TCP port (49983)
   --host ADDRESS TCP address (127.0.0.1)
-  --unix PATH    also listen on this Unix socket
+  --unix PATH    also listen on this Unix socket (its file lets only its owner in)
   --activity-socket PATH
                  the socket of `guestd busy` and `guestd idle`
+  --machine      the machine is the sandbox's own: set its clock, name and processors; /init is taken
+                 from its links and from root only
+  --insecure-open
+                 serve the network even while no access token is set
+  --mmds         ask Firecracker's metadata service who this machine is (169.254.169.254:80)
+  --cgroup-root PATH
+                 the cgroup v2 hierarchy (/sys/fs/cgroup)
+  --root PATH    where /init writes names and certificates (/)
   busy, idle     in the machine: keep the sandbox, or ask why it is alive; each has a --help
 
-As the first process of a machine or a container it takes no arguments.
+As the first process of a machine or a container it takes no arguments; `guestd.insecure_open=1` and `guestd.mmds=1`
+on the kernel command line, and GUESTD_INSECURE_OPEN=1 in a container's environment, stand for those above.
 ";
+
+/// Serves the network of a container while no token is set.
+const CONTAINER_OPEN: &str = "GUESTD_INSECURE_OPEN";
 
 /// Where the container runtime puts the socket of the link: a folder that it mounts.
 const CONTAINER_SOCKET: &str = "GUESTD_UNIX";
@@ -40,14 +54,20 @@ fn main() -> ExitCode {
             let machine = environment.place == Place::Machine;
             let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
             let unix = if machine { None } else { std::env::var_os(CONTAINER_SOCKET).map(PathBuf::from) };
+            let given = |name| environment.command_line.value(name) == Some("1");
+            let open_container =
+                !machine && std::env::var_os(CONTAINER_OPEN).is_some_and(|value| value == "1");
             run(Config {
                 tcp: vec![SocketAddr::new(any, ENVD_PORT)],
                 unix,
                 machine_links: machine,
                 own_machine: true,
                 own_kernel: machine,
+                insecure_open: given("guestd.insecure_open") || open_container,
+                mmds: given("guestd.mmds").then_some(mmds::ADDRESS),
                 power_off,
                 activity_socket: Some(PathBuf::from(guestd::inhibit::SOCKET_PATH)),
+                ..Config::default()
             })
         });
     }
@@ -68,8 +88,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     use lexopt::prelude::{Long, Short, Value, ValueExt};
     let mut host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let mut port = ENVD_PORT;
-    let mut unix = None;
-    let mut activity_socket = None;
+    let mut config = Config::default();
     let mut serve = false;
     while let Some(argument) = arguments.next()? {
         match argument {
@@ -85,24 +104,23 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
             Value(value) if value == "serve" => serve = true,
             Long("port") => port = arguments.value()?.parse()?,
             Long("host") => host = arguments.value()?.parse()?,
-            Long("activity-socket") => activity_socket = Some(PathBuf::from(arguments.value()?)),
-            Long("unix") => unix = Some(PathBuf::from(arguments.value()?)),
+            Long("activity-socket") => config.activity_socket = Some(PathBuf::from(arguments.value()?)),
+            Long("unix") => config.unix = Some(PathBuf::from(arguments.value()?)),
+            Long("machine") => (config.own_machine, config.own_kernel) = (true, true),
+            Long("insecure-open") => config.insecure_open = true,
+            Long("mmds") => {
+                let given = arguments.optional_value().map(|address| address.parse()).transpose()?;
+                config.mmds = Some(given.unwrap_or(mmds::ADDRESS));
+            }
+            Long("cgroup-root") => config.cgroup_root = PathBuf::from(arguments.value()?),
+            Long("root") => config.root = PathBuf::from(arguments.value()?),
             other => return Err(other.unexpected()),
         }
     }
     if !serve {
         return Err("nothing to do: say `serve`".into());
     }
-    let tcp = vec![SocketAddr::new(host, port)];
-    Ok(Some(Config {
-        tcp,
-        unix,
-        machine_links: false,
-        own_machine: false,
-        own_kernel: false,
-        power_off: || std::process::exit(0),
-        activity_socket,
-    }))
+    Ok(Some(Config { tcp: vec![SocketAddr::new(host, port)], ..config }))
 }
 
 /// Runs the agent to its end; the result is its exit code.

@@ -12,37 +12,36 @@ use guestd_protocol::routes::{self, Credential};
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
 
-use super::{Access, Refusal};
+use super::{Access, Peer, Refusal};
 use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_user_name};
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    let credential =
-        routes::find(request.uri().path()).map_or(Credential::AccessToken, |route| route.credential);
-    let headers = request.headers();
-    let allowed = match credential {
-        Credential::None | Credential::Init => Ok(()),
-        Credential::Control => {
-            if access.is_host(bytes_of(headers, CONTROL_HEADER)) {
-                Ok(())
-            } else {
-                Err(Refusal::Control)
-            }
-        }
-        Credential::AccessToken => {
-            if access.allows(bytes_of(headers, ACCESS_TOKEN_HEADER)) {
-                Ok(())
-            } else {
-                Err(Refusal::AccessToken)
-            }
-        }
-        Credential::AccessTokenOrSignature => {
-            may_touch_file(&access, request.method(), request.uri(), headers)
-        }
-    };
-    match allowed {
+    match check(&access, &request) {
         Ok(()) => next.run(request).await,
         Err(refusal) => unauthorized(&refusal.to_string()),
+    }
+}
+
+fn check(access: &Access, request: &Request) -> Result<(), Refusal> {
+    let (path, method) = (request.uri().path(), request.method());
+    let credential = routes::find(path).map_or(Credential::AccessToken, |route| route.credential);
+    if access.is_sealed() && !matches!((path, method), ("/health", &Method::GET) | ("/init", &Method::POST)) {
+        return Err(Refusal::Sealed);
+    }
+    let headers = request.headers();
+    let peer = request.extensions().get::<Peer>().copied();
+    match credential {
+        Credential::None | Credential::Init => Ok(()),
+        Credential::Control if access.is_host(bytes_of(headers, CONTROL_HEADER)) => Ok(()),
+        Credential::Control => Err(Refusal::Control),
+        // Only reading and writing a file can be signed for (contract: envd.md section 5).
+        Credential::AccessTokenOrSignature if matches!(*method, Method::GET | Method::POST) => {
+            may_touch_file(access, method, request.uri(), headers, peer)
+        }
+        Credential::AccessToken | Credential::AccessTokenOrSignature => {
+            access.allows(bytes_of(headers, ACCESS_TOKEN_HEADER), peer)
+        }
     }
 }
 
@@ -68,10 +67,16 @@ fn bytes_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
     headers.get(name).map(|value| value.as_bytes())
 }
 
-fn may_touch_file(access: &Access, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
-    let Some(token) = access.access_token() else { return Ok(()) };
+fn may_touch_file(
+    access: &Access,
+    method: &Method,
+    uri: &Uri,
+    headers: &HeaderMap,
+    peer: Option<Peer>,
+) -> Result<(), Refusal> {
+    let Some(token) = access.access_token() else { return access.allows(None, peer) };
     if let Some(given) = bytes_of(headers, ACCESS_TOKEN_HEADER) {
-        return if access.allows(Some(given)) { Ok(()) } else { Err(Refusal::FileToken) };
+        return access.allows(Some(given), peer).map_err(|_| Refusal::FileToken);
     }
     let query = Query::parse(uri);
     let operation = if method == Method::GET { Operation::Read } else { Operation::Write };
@@ -121,11 +126,27 @@ fn unauthenticated(error: &IdentityError) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::{Claim, Standing, Voucher};
+
+    fn signed_access() -> Access {
+        let access = Access::default();
+        let claim = Claim {
+            control: None,
+            access_token: Some("secret"),
+            standing: Standing::Trusted,
+            voucher: Voucher::Absent,
+        };
+        access.initialise(claim).unwrap();
+        access
+    }
+
+    fn ask(access: &Access, uri: &str, method: Method) -> Result<(), Refusal> {
+        let request = Request::builder().uri(uri).method(method).extension(Peer::Unix);
+        super::check(access, &request.body(axum::body::Body::empty()).unwrap())
+    }
 
     fn check(uri: &str, method: Method) -> Result<(), Refusal> {
-        let access = Access::default();
-        access.initialise(None, Some("secret")).unwrap();
-        may_touch_file(&access, &method, &uri.parse().unwrap(), &HeaderMap::new())
+        ask(&signed_access(), uri, method)
     }
 
     fn signed(path: &str, operation: Operation, expiration: Option<&str>) -> String {
@@ -157,5 +178,39 @@ mod tests {
             Err(Refusal::SignatureExpired)
         );
         assert_eq!(check(&signed("a", Operation::Read, Some("99999999999")), Method::GET), Ok(()));
+    }
+
+    #[test]
+    fn only_the_exempt_paths_are_open_without_the_token() {
+        let access = signed_access();
+        for (method, path) in [(Method::GET, "/health"), (Method::POST, "/init")] {
+            assert_eq!(ask(&access, path, method), Ok(()), "{path}");
+        }
+        for (method, path) in [
+            (Method::GET, "/metrics"),
+            (Method::GET, "/envs"),
+            (Method::GET, "/nowhere"),
+            (Method::GET, "/Health"),
+            (Method::GET, "/health/"),
+            (Method::PUT, "/files"),
+            (Method::POST, "/files/compose"),
+            (Method::POST, "/process.Process/Start"),
+        ] {
+            assert_eq!(ask(&access, path, method), Err(Refusal::AccessToken), "{path}");
+        }
+        for route in routes::ROUTES.iter().filter(|route| route.credential == Credential::Control) {
+            assert_eq!(ask(&access, route.path, Method::POST), Err(Refusal::Control), "{}", route.path);
+        }
+    }
+
+    #[test]
+    fn a_sealed_agent_answers_health_and_init_alone() {
+        let access = signed_access();
+        access.seal();
+        assert_eq!(ask(&access, "/health", Method::GET), Ok(()));
+        assert_eq!(ask(&access, "/init", Method::POST), Ok(()));
+        for path in ["/metrics", "/files", "/freeze", "/process.Process/List"] {
+            assert_eq!(ask(&access, path, Method::POST), Err(Refusal::Sealed), "{path}");
+        }
     }
 }

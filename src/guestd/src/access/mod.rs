@@ -1,13 +1,18 @@
 //! Who may call: the access token of SDKs and the control credential of the host (contract: envd.md section 5).
 //!
 //! A listener proves nothing: vsock, TCP and Unix sockets are all asked for the same credentials. Which route needs which is in
-//! `guestd_protocol::routes`.
+//! `guestd_protocol::routes`. While none is set, where a caller comes from decides ([`Peer`]): the network is closed.
 
 pub mod middleware;
+mod owner;
+mod peer;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use subtle::ConstantTimeEq;
+
+pub use peer::{Peer, Standing};
 
 /// The longest credential accepted, in bytes.
 const CREDENTIAL_LIMIT: usize = 4096;
@@ -18,15 +23,27 @@ struct Credentials {
     control: Option<String>,
 }
 
+/// What does not change while the agent runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    /// Without a token, serve the network as well. What protects the machine then is the network.
+    pub insecure_open: bool,
+    /// Other people's code runs beside this agent: being on this machine proves nothing.
+    pub own_machine: bool,
+}
+
 /// The credentials in force. Nothing prints them.
 #[derive(Default)]
 pub struct Access {
     credentials: RwLock<Credentials>,
+    rules: Rules,
+    sealed: AtomicBool,
+    warned: AtomicBool,
 }
 
 impl std::fmt::Debug for Access {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Access").finish_non_exhaustive()
+        f.debug_struct("Access").field("rules", &self.rules).finish_non_exhaustive()
     }
 }
 
@@ -49,14 +66,75 @@ pub enum Refusal {
     InitToken,
     #[error("access token reset not authorized")]
     InitReset,
+    #[error(
+        "no access token is set: until /init sets one, only callers on this machine or on the host's link are served"
+    )]
+    NotNear,
+    #[error("/init is taken from the host's link, or from root on this machine")]
+    InitPlace,
+    #[error("envd not initialized")]
+    Sealed,
+}
+
+/// What the platform's metadata service says about the token that an `/init` brings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Voucher {
+    /// It was not asked, did not answer, or knows of no token.
+    #[default]
+    Absent,
+    /// Its hash is that of the token, or of the empty string and there is no token.
+    Matches,
+    Differs,
+}
+
+/// An `/init` as far as access is concerned.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim<'a> {
+    pub control: Option<&'a str>,
+    pub access_token: Option<&'a str>,
+    pub standing: Standing,
+    pub voucher: Voucher,
 }
 
 impl Access {
-    /// Whether `given` is the access token, or none is set.
-    pub fn allows(&self, given: Option<&[u8]>) -> bool {
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, ..Self::default() }
+    }
+
+    pub fn rules(&self) -> Rules {
+        self.rules
+    }
+
+    /// Refuses everything but `/health` and `/init`, until an `/init` is accepted: after the agent was replaced under way.
+    pub fn seal(&self) {
+        self.sealed.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Relaxed)
+    }
+
+    /// Whether `given` is the access token; with none set, whether the caller is near enough. `None` is a caller of whom nothing is known.
+    ///
+    /// # Errors
+    /// A [`Refusal`] for the 401 answer.
+    pub fn allows(&self, given: Option<&[u8]>, peer: Option<Peer>) -> Result<(), Refusal> {
         match &self.read().access_token {
-            None => true,
-            Some(token) => given.is_some_and(|given| same(given, token.as_bytes())),
+            Some(token) => {
+                if given.is_some_and(|given| same(given, token.as_bytes())) {
+                    Ok(())
+                } else {
+                    Err(Refusal::AccessToken)
+                }
+            }
+            None if peer.is_some_and(|peer| peer.is_near()) => Ok(()),
+            None if self.rules.insecure_open => {
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(?peer, "no access token is set and the network is served");
+                }
+                Ok(())
+            }
+            None => Err(Refusal::NotNear),
         }
     }
 
@@ -72,36 +150,62 @@ impl Access {
         }
     }
 
+    /// Whether an `/init` with this token needs the metadata service's word: not when the token is the current one.
+    pub fn is_current(&self, access_token: Option<&str>) -> bool {
+        match (&self.read().access_token, access_token) {
+            (Some(current), Some(given)) => same(given.as_bytes(), current.as_bytes()),
+            _ => false,
+        }
+    }
+
     /// Decides on an `/init` and sets the credentials that it brings, in one step: two first calls cannot both win.
     ///
     /// With a control credential set, only its holder may; the first call that carries one sets it. Without one envd's rule holds: the
-    /// body's token has to be the current one, if there is one.
+    /// body's token has to be the current one if there is one, or vouched for; and on a machine of the agent's own the caller must be the
+    /// host or root, so that no code of a user can be first.
     ///
     /// # Errors
     /// A [`Refusal`] for the 401 answer; nothing was changed.
-    pub fn initialise(&self, control: Option<&str>, access_token: Option<&str>) -> Result<(), Refusal> {
+    pub fn initialise(&self, claim: Claim<'_>) -> Result<(), Refusal> {
         let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
-        match (&credentials.control, control) {
-            (Some(set), given) => {
-                if !given.is_some_and(|given| same(given.as_bytes(), set.as_bytes())) {
-                    return Err(Refusal::Control);
-                }
-            }
-            (None, given) => {
-                if let Some(current) = &credentials.access_token {
-                    match access_token {
-                        Some(token) if same(token.as_bytes(), current.as_bytes()) => {}
-                        Some(_) => return Err(Refusal::InitToken),
-                        None => return Err(Refusal::InitReset),
-                    }
-                }
-                credentials.control = given
-                    .filter(|given| !given.is_empty() && given.len() <= CREDENTIAL_LIMIT)
-                    .map(str::to_owned);
-            }
+        if !self.may_initialise(&credentials, claim)? {
+            credentials.control = claim
+                .control
+                .filter(|given| !given.is_empty() && given.len() <= CREDENTIAL_LIMIT)
+                .map(str::to_owned);
         }
-        credentials.access_token = access_token.map(str::to_owned);
+        credentials.access_token = claim.access_token.map(str::to_owned);
+        self.sealed.store(false, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether `claim` may, without changing anything: a call that is too old to be applied is asked, too.
+    ///
+    /// # Errors
+    /// A [`Refusal`] for the 401 answer.
+    pub fn check(&self, claim: Claim<'_>) -> Result<(), Refusal> {
+        self.may_initialise(&self.read(), claim).map(drop)
+    }
+
+    /// Whether it holds the control credential (else it may set one).
+    fn may_initialise(&self, credentials: &Credentials, claim: Claim<'_>) -> Result<bool, Refusal> {
+        if let Some(set) = &credentials.control {
+            let is_host = claim.control.is_some_and(|given| same(given.as_bytes(), set.as_bytes()));
+            return if is_host { Ok(true) } else { Err(Refusal::Control) };
+        }
+        let trusted = claim.standing == Standing::Trusted || claim.voucher == Voucher::Matches;
+        if self.rules.own_machine && !trusted {
+            return Err(Refusal::InitPlace);
+        }
+        let wrong = if claim.access_token.is_some() { Refusal::InitToken } else { Refusal::InitReset };
+        match (&credentials.access_token, claim.access_token) {
+            (Some(current), Some(given)) if same(given.as_bytes(), current.as_bytes()) => Ok(false),
+            _ if claim.voucher == Voucher::Matches => Ok(false),
+            (Some(_), _) => Err(wrong),
+            (None, _) if claim.voucher == Voucher::Differs => Err(wrong),
+            (None, _) if trusted => Ok(false),
+            (None, _) => Err(Refusal::InitPlace),
+        }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Credentials> {
@@ -117,6 +221,16 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
+    const NEAR: Option<Peer> = Some(Peer::Unix);
+
+    fn claim<'a>(control: Option<&'a str>, access_token: Option<&'a str>) -> Claim<'a> {
+        Claim { control, access_token, standing: Standing::Trusted, voucher: Voucher::Absent }
+    }
+
+    fn own_machine() -> Access {
+        Access::new(Rules { own_machine: true, insecure_open: false })
+    }
+
     #[test]
     fn nobody_is_the_host_before_a_credential_is_set() {
         let access = Access::default();
@@ -127,34 +241,99 @@ mod tests {
     #[test]
     fn the_first_control_credential_stays() {
         let access = Access::default();
-        access.initialise(Some("host"), Some("token")).unwrap();
-        assert_eq!(access.initialise(Some("other"), Some("token")), Err(Refusal::Control));
+        access.initialise(claim(Some("host"), Some("token"))).unwrap();
+        assert_eq!(access.initialise(claim(Some("other"), Some("token"))), Err(Refusal::Control));
         assert_eq!(
-            access.initialise(None, Some("token")),
+            access.initialise(claim(None, Some("token"))),
             Err(Refusal::Control),
             "a guest knows the access token"
         );
         assert!(access.is_host(Some(b"host")));
-        access.initialise(Some("host"), Some("renewed")).unwrap();
-        assert!(access.allows(Some(b"renewed")) && !access.allows(Some(b"token")));
+        access.initialise(claim(Some("host"), Some("renewed"))).unwrap();
+        assert!(
+            access.allows(Some(b"renewed"), None).is_ok() && access.allows(Some(b"token"), None).is_err()
+        );
     }
 
     #[test]
     fn without_a_control_credential_the_current_token_is_asked_for() {
         let access = Access::default();
-        access.initialise(None, Some("first")).unwrap();
-        assert_eq!(access.initialise(None, Some("other")), Err(Refusal::InitToken));
-        assert_eq!(access.initialise(None, None), Err(Refusal::InitReset));
-        assert_eq!(access.initialise(Some("host"), Some("other")), Err(Refusal::InitToken));
+        access.initialise(claim(None, Some("first"))).unwrap();
+        assert_eq!(access.initialise(claim(None, Some("other"))), Err(Refusal::InitToken));
+        assert_eq!(access.initialise(claim(None, None)), Err(Refusal::InitReset));
+        assert_eq!(access.initialise(claim(Some("host"), Some("other"))), Err(Refusal::InitToken));
         assert!(!access.is_host(Some(b"host")), "a refused call sets nothing");
-        access.initialise(None, Some("first")).unwrap();
+        access.initialise(claim(None, Some("first"))).unwrap();
+    }
+
+    #[test]
+    fn code_of_a_user_cannot_be_the_first_to_initialise_a_machine() {
+        let access = own_machine();
+        let stranger = Claim { standing: Standing::Stranger, ..claim(Some("taken"), Some("taken")) };
+        assert_eq!(access.initialise(stranger), Err(Refusal::InitPlace));
+        access.initialise(claim(None, Some("token"))).unwrap();
+        let knows_the_token = Claim { standing: Standing::Stranger, ..claim(Some("taken"), Some("token")) };
+        assert_eq!(access.initialise(knows_the_token), Err(Refusal::InitPlace));
+        assert!(!access.is_host(Some(b"taken")));
+    }
+
+    #[test]
+    fn a_stranger_with_the_control_credential_is_the_host() {
+        let access = own_machine();
+        access.initialise(claim(Some("host"), Some("token"))).unwrap();
+        let far = Claim { standing: Standing::Stranger, ..claim(Some("host"), Some("next")) };
+        access.initialise(far).unwrap();
+    }
+
+    #[test]
+    fn the_metadata_service_can_vouch_for_a_token_and_refuse_one() {
+        let access = own_machine();
+        let of = |token, voucher| Claim { standing: Standing::Stranger, voucher, ..claim(None, token) };
+        let near = |token, voucher| Claim { voucher, ..claim(None, token) };
+        assert_eq!(access.initialise(near(Some("guess"), Voucher::Differs)), Err(Refusal::InitToken));
+        access.initialise(of(Some("first"), Voucher::Matches)).unwrap();
+        access.initialise(of(Some("second"), Voucher::Matches)).unwrap();
+        assert_eq!(access.initialise(near(None, Voucher::Differs)), Err(Refusal::InitReset));
+        access.initialise(of(None, Voucher::Matches)).unwrap();
+        assert!(access.access_token().is_none(), "the hash of nothing allows a reset");
+    }
+
+    #[test]
+    fn the_network_is_served_only_with_a_token_or_when_that_was_asked_for() {
+        let far = Some(Peer::Tcp {
+            peer: "192.0.2.1:5".parse().unwrap(),
+            local: "192.0.2.2:49983".parse().unwrap(),
+        });
+        let closed = Access::default();
+        assert_eq!(closed.allows(None, far), Err(Refusal::NotNear));
+        assert_eq!(closed.allows(None, None), Err(Refusal::NotNear), "a caller of whom nothing is known");
+        closed.initialise(claim(None, Some("t"))).unwrap();
+        assert_eq!(closed.allows(Some(b"t"), far), Ok(()));
+        let open = Access::new(Rules { insecure_open: true, own_machine: false });
+        assert_eq!(open.allows(None, far), Ok(()));
+        open.initialise(claim(None, Some("t"))).unwrap();
+        assert_eq!(open.allows(None, far), Err(Refusal::AccessToken));
     }
 
     #[test]
     fn a_missing_header_is_a_refusal_once_a_token_is_set() {
         let access = Access::default();
-        assert!(access.allows(None));
-        access.initialise(None, Some("t")).unwrap();
-        assert!(!access.allows(None) && !access.allows(Some(b"")) && access.allows(Some(b"t")));
+        assert_eq!(access.allows(None, NEAR), Ok(()));
+        access.initialise(claim(None, Some("t"))).unwrap();
+        for wrong in [None, Some(&b""[..]), Some(b"tt")] {
+            assert_eq!(access.allows(wrong, NEAR), Err(Refusal::AccessToken));
+        }
+        assert_eq!(access.allows(Some(b"t"), NEAR), Ok(()));
+    }
+
+    #[test]
+    fn a_seal_is_broken_by_an_accepted_init_alone() {
+        let access = Access::default();
+        access.initialise(claim(None, Some("t"))).unwrap();
+        access.seal();
+        assert!(access.initialise(claim(None, Some("x"))).is_err());
+        assert!(access.is_sealed());
+        access.initialise(claim(None, Some("t"))).unwrap();
+        assert!(!access.is_sealed());
     }
 }

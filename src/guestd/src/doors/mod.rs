@@ -3,6 +3,7 @@
 //! Each door makes byte streams; [`Doors::serve`] speaks HTTP/1.1 or HTTP/2 on one, whichever the client begins with. `CONNECT` requests
 //! become tunnels to a TCP port of the guest (`tunnel`), everything else goes to the router that `crate::agent` put together.
 
+mod connections;
 mod serial;
 mod tunnel;
 
@@ -20,11 +21,14 @@ use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tower::ServiceExt;
 
-use crate::access::Access;
+use crate::access::{Access, Peer};
+
+pub use connections::{Connection, Connections};
 
 /// How long a connection may be without a whole request head: envd's keep-alive time (contract: envd.md section 0). Shorter than a client's
 /// pool keeps its connections, it would close them under the next request.
@@ -54,18 +58,23 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct Doors {
     router: Router,
     access: Arc<Access>,
+    connections: Connections,
 }
 
 impl Doors {
-    pub fn new(router: Router, access: Arc<Access>) -> Self {
-        Self { router, access }
+    pub fn new(router: Router, access: Arc<Access>, connections: Connections) -> Self {
+        Self { router, access, connections }
     }
 
-    /// Serves one byte stream to its end.
-    pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) {
+    /// Serves one byte stream to its end, or until it is cut. Requests carry the [`Peer`] and the [`Connection`] in their extensions.
+    pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let doors = self.clone();
-        let service = service_fn(move |request: Request<Incoming>| {
+        let entry = self.connections.enter();
+        let connection = entry.connection.clone();
+        let service = service_fn(move |mut request: Request<Incoming>| {
             let doors = doors.clone();
+            request.extensions_mut().insert(peer);
+            request.extensions_mut().insert(connection.clone());
             async move {
                 if request.method() == Method::CONNECT {
                     return Ok(tunnel::open(&doors.access, request).await);
@@ -81,8 +90,14 @@ impl Doors {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(STREAMS)
             .max_send_buf_size(STREAM_WINDOW as usize);
-        if let Err(error) = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await {
-            tracing::debug!(%error, "a connection broke off");
+        let served = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+        tokio::select! {
+            served = served => {
+                if let Err(error) = served {
+                    tracing::debug!(%error, "a connection broke off");
+                }
+            }
+            () = entry.connection.cut() => tracing::debug!(?peer, "a connection was cut"),
         }
     }
 
@@ -90,12 +105,15 @@ impl Doors {
     pub async fn tcp(self, listener: TcpListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     // Without it each small frame of a stream waits for the client's delayed acknowledgement (40 ms).
                     if let Err(error) = stream.set_nodelay(true) {
                         tracing::debug!(%error, "no TCP_NODELAY");
                     }
-                    self.spawn(stream);
+                    match stream.local_addr() {
+                        Ok(local) => self.spawn(stream, Peer::Tcp { peer, local }),
+                        Err(error) => tracing::debug!(%error, "a connection was gone before it was served"),
+                    }
                 }
                 Err(error) => accept_failed("tcp", &error).await,
             }
@@ -106,7 +124,7 @@ impl Doors {
     pub async fn unix(self, listener: UnixListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.spawn(stream),
+                Ok((stream, _)) => self.spawn(stream, Peer::Unix),
                 Err(error) => accept_failed("unix", &error).await,
             }
         }
@@ -116,7 +134,7 @@ impl Doors {
     pub async fn vsock(self, listener: tokio_vsock::VsockListener) {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => self.spawn(stream),
+                Ok((stream, address)) => self.spawn(stream, Peer::Vsock { cid: address.cid() }),
                 Err(error) => accept_failed("vsock", &error).await,
             }
         }
@@ -127,9 +145,9 @@ impl Doors {
         serial::serve(self, device).await;
     }
 
-    fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) {
+    fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let doors = self.clone();
-        tokio::spawn(async move { doors.serve(stream).await });
+        tokio::spawn(async move { doors.serve(stream, peer).await });
     }
 }
 
@@ -150,7 +168,8 @@ pub fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     bound.map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }
 
-/// Binds a Unix socket, in place of one that an earlier agent left.
+/// Binds a Unix socket, in place of one that an earlier agent left. Its file lets only its owner connect (unix(7)): whoever comes through
+/// it is taken for the host. Must be called while nothing else makes files.
 ///
 /// # Errors
 /// With the path.
@@ -159,7 +178,10 @@ pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    UnixListener::bind(path).map_err(|error| {
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let bound = UnixListener::bind(path);
+    umask(before);
+    bound.map_err(|error| {
         io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()))
     })
 }
@@ -200,4 +222,21 @@ pub fn find_serial(name: &str) -> Option<PathBuf> {
         let found = std::fs::read_to_string(entry.path().join("name")).ok()?;
         (found.trim_end() == name).then(|| Path::new("/dev").join(entry.file_name()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_ordinary_user_cannot_connect_to_the_socket_of_the_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent.sock");
+        for _restarted in 0..2 {
+            let _listener = bind_unix(&path).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+    }
 }

@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use super::Doors;
+use crate::access::Peer;
 
 /// A pause after an error that should not happen, so that the loop does not spin.
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
@@ -42,7 +43,7 @@ async fn converse(doors: &Doors, device: &Path) -> io::Result<()> {
     let Some(nonce) = read_request(&mut stream).await? else { return Ok(()) };
     stream.write_all(link::serial_answer(&nonce).as_bytes()).await?;
     // The port can be open once only: the connection gives it back by being dropped, before the next conversation opens it.
-    doors.serve(stream).await;
+    doors.serve(stream, Peer::Serial).await;
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
+use super::Connection;
 use crate::access::middleware::unauthorized;
 use crate::access::{Access, Refusal};
 
@@ -20,6 +21,9 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers a `CONNECT`: 200 and a tunnel, 401, 400 for an address that is not this machine, 502 when nothing listens.
 pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Response {
+    if access.is_sealed() {
+        return unauthorized(&Refusal::Sealed.to_string());
+    }
     if !access.is_host(request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes())) {
         return unauthorized(&Refusal::Control.to_string());
     }
@@ -29,12 +33,23 @@ pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Respons
     let Some(target) = dial(port).await else {
         return (StatusCode::BAD_GATEWAY, PORT_CLOSED_MESSAGE).into_response();
     };
+    let connection = request.extensions().get::<Connection>().cloned();
     tokio::spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => {
-                let mut target = target;
+                let (mut upgraded, mut target) = (TokioIo::new(upgraded), target);
+                let copied = tokio::io::copy_bidirectional(&mut upgraded, &mut target);
+                let cut = async move {
+                    match connection {
+                        Some(connection) => connection.cut().await,
+                        None => std::future::pending().await,
+                    }
+                };
                 // Both ends closing is how a tunnel ends; there is nobody to tell about it.
-                let _ended = tokio::io::copy_bidirectional(&mut TokioIo::new(upgraded), &mut target).await;
+                tokio::select! {
+                    _ended = copied => {}
+                    () = cut => {}
+                }
             }
             Err(error) => tracing::debug!(%error, port, "a tunnel broke off"),
         }

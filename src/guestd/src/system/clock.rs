@@ -1,5 +1,6 @@
 //! The wall clock, which only `/init` sets.
 
+use std::ops::Add;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use buffa_types::google::protobuf::Timestamp as WireTimestamp;
@@ -20,6 +21,14 @@ impl Timestamp {
         let parsed: WireTimestamp =
             serde_json::from_value(serde_json::Value::String(text.to_owned())).ok()?;
         Some(Self(i128::from(parsed.seconds) * 1_000_000_000 + i128::from(parsed.nanos)))
+    }
+}
+
+impl Add<Duration> for Timestamp {
+    type Output = Self;
+
+    fn add(self, later: Duration) -> Self {
+        Self(self.0.saturating_add(i128::try_from(later.as_nanos()).unwrap_or(i128::MAX)))
     }
 }
 

@@ -1,9 +1,12 @@
-//! `GET /metrics` (contract: envd.md section 4.2).
+//! `GET /metrics` (contract: envd.md sections 4.2 and 12).
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
+
+use super::cpus::Status;
+use super::kmsg::OomKill;
 
 const MIB: u64 = 1024 * 1024;
 
@@ -19,6 +22,11 @@ pub(super) struct Metrics {
     mem_used_mib: u64,
     disk_total: u64,
     disk_used: u64,
+    cpu_possible: u32,
+    cpu_target: u32,
+    cpu_target_attempts: u64,
+    cpu_write_pending_ms: u64,
+    oom_kills: Vec<OomKill>,
 }
 
 /// Time that the processors spent, in ticks since boot.
@@ -35,7 +43,7 @@ pub(super) struct Sampler {
 }
 
 impl Sampler {
-    pub(super) fn sample(&self) -> Metrics {
+    pub(super) fn sample(&self, cpus: &Status, oom_kills: Vec<OomKill>) -> Metrics {
         let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
         let ticks = parse_ticks(&stat);
         let last = std::mem::replace(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner), ticks);
@@ -55,6 +63,13 @@ impl Sampler {
             mem_used_mib: used / MIB,
             disk_total,
             disk_used,
+            cpu_possible: cpus.possible,
+            cpu_target: cpus.target,
+            cpu_target_attempts: cpus.attempts,
+            cpu_write_pending_ms: cpus
+                .pending
+                .map_or(0, |pending| u64::try_from(pending.as_millis()).unwrap_or(u64::MAX)),
+            oom_kills,
         }
     }
 }

@@ -246,6 +246,7 @@ impl Sandboxes {
             max_lifetime_ms: Some(millis(max)),
             idle_policy: Some(settings.policy.words()),
             inhibitor_budget_ms: Some(millis(self.setup.inhibitor_budget)),
+            ..InitRequest::default()
         }
     }
 

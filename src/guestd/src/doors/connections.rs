@@ -1,0 +1,88 @@
+//! The connections that are open, so that they can be cut: after a snapshot was restored, what is at their other ends is another machine's
+//! past.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug, Default)]
+struct Table {
+    next: u64,
+    live: HashMap<u64, CancellationToken>,
+}
+
+/// The table of open connections, shared by all doors.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(Arc<Mutex<Table>>);
+
+/// One open connection. Each door puts a clone into the extensions of every request.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    id: u64,
+    cut: CancellationToken,
+}
+
+impl Connection {
+    /// Waits until the connection is to be given up.
+    pub async fn cut(&self) {
+        self.cut.cancelled().await;
+    }
+}
+
+/// Keeps a connection in the table.
+#[derive(Debug)]
+pub(super) struct Entry {
+    connections: Connections,
+    pub(super) connection: Connection,
+}
+
+impl Connections {
+    pub(super) fn enter(&self) -> Entry {
+        let mut table = self.lock();
+        let id = table.next;
+        table.next += 1;
+        let cut = CancellationToken::new();
+        table.live.insert(id, cut.clone());
+        drop(table);
+        Entry { connections: self.clone(), connection: Connection { id, cut } }
+    }
+
+    /// Cuts every connection but `kept`, and what was tunnelled through them; the result says how many.
+    pub fn cut_all_but(&self, kept: Option<&Connection>) -> usize {
+        let kept = kept.map(|connection| connection.id);
+        let table = self.lock();
+        let others = table.live.iter().filter(|(id, _)| Some(**id) != kept);
+        let others: Vec<_> = others.map(|(_, cut)| cut.clone()).collect();
+        drop(table);
+        others.iter().for_each(CancellationToken::cancel);
+        others.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.connections.lock().live.remove(&self.connection.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn all_are_cut_but_the_one_that_asked() {
+        let connections = Connections::default();
+        let (asks, other) = (connections.enter(), connections.enter());
+        drop(connections.enter());
+        assert_eq!(connections.cut_all_but(Some(&asks.connection)), 1, "one has ended by itself");
+        other.connection.cut().await;
+        assert!(!asks.connection.cut.is_cancelled());
+        drop((asks, other));
+        assert!(connections.lock().live.is_empty());
+    }
+}
