@@ -1,10 +1,15 @@
-"""Who may do what: before the first /init everybody, after it only who has the token, and control only the host."""
+"""Who may do what: before the first /init this machine, after it only who has the token, and control only the host."""
 
+import os
 import socket
+import subprocess
+import sys
 
+import httpx
 import pytest
 
 from harness.connect import JSON_STREAM, call, envelope, process
+from harness.guestd import Guestd
 
 TOKEN = {"X-Access-Token": "secret"}
 
@@ -16,7 +21,7 @@ def secured(agent):
     return agent
 
 
-def test_before_init_everything_is_open(agent):
+def test_before_init_this_machine_is_served(agent):
     assert call(agent, "process.Process/List").status_code == 200
 
 
@@ -106,3 +111,118 @@ def test_the_tunnel_is_for_the_host_alone(guestd, secured):
         connection.sendall(b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: 127.0.0.1:22\r\nX-Access-Token: secret\r\n\r\n")
         status = connection.makefile("rb").readline()
     assert status.split()[1][:1] == b"4", status
+
+
+def test_a_refused_call_does_not_break_the_next_one_on_its_connection(secured):
+    """A body that nobody read would close the connection under the client's next call."""
+    for _ in range(50):
+        assert call(secured, "process.Process/List", {"padding": "x" * 20_000}).status_code == 401
+        assert secured.get("/metrics", headers=TOKEN).status_code == 200
+
+
+def test_a_refused_upload_that_is_too_long_to_be_read_says_that_the_connection_ends(secured, tmp_path):
+    octets = {"Content-Type": "application/octet-stream"}
+    parameters = {"path": str(tmp_path / "never")}
+    answer = secured.post("/files", params=parameters, content=b"x" * 100_000, headers=octets)
+    assert (answer.status_code, answer.headers.get("connection")) == (401, "close")
+    assert not (tmp_path / "never").exists()
+
+
+# --- where a caller comes from ---
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("the network's side was not tested: this machine has no address but loopback")
+        return probe.getsockname()[0]
+
+
+@pytest.fixture
+def listening():
+    """Starts agents that listen on all addresses: `listening("--insecure-open")` gives its port."""
+    agents = []
+
+    def begin(*arguments: str) -> Guestd:
+        agents.append(Guestd("--host", "0.0.0.0", *arguments).start())
+        return agents[-1]
+
+    yield begin
+    for agent in agents:
+        agent.close()
+
+
+def test_the_network_is_closed_until_a_token_is_set(listening):
+    agent = listening()
+    with httpx.Client(base_url=f"http://{own_address()}:{agent.port}", trust_env=False, timeout=10) as far:
+        for refused in (call(far, "process.Process/List"), far.get("/envs"), far.get("/files?path=/etc/hostname")):
+            assert refused.status_code == 401
+            assert refused.json()["code"] == 401 and "no access token is set" in refused.json()["message"]
+        assert far.get("/health").status_code == 204
+        assert far.post("/init", json={"accessToken": "theirs"}).status_code == 401, "the network does not take the agent"
+        with agent.client() as near:
+            assert call(near, "process.Process/List").status_code == 200
+            assert near.post("/init", json={"accessToken": "secret"}).status_code == 204
+        assert far.get("/envs").status_code == 401
+        assert far.get("/envs", headers=TOKEN).status_code == 200
+
+
+def test_insecure_open_lifts_it_and_says_so_once(listening):
+    agent = listening("--insecure-open")
+    with httpx.Client(base_url=f"http://{own_address()}:{agent.port}", trust_env=False, timeout=10) as far:
+        for _ in range(3):
+            assert call(far, "process.Process/List").status_code == 200
+        assert agent.stderr().count("the network is served") == 1
+        assert far.post("/init", json={"accessToken": "secret"}).status_code == 204
+        assert call(far, "process.Process/List").status_code == 401, "a token closes it again"
+
+
+INIT_AS = """
+import encodings.idna, http.client, os, sys
+os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=10)
+connection.request("POST", "/init", body=b'{"accessToken":"mine"}', headers={"X-Guestd-Control": "mine"})
+print(connection.getresponse().status)
+"""
+
+
+@pytest.fixture
+def owned(tmp_path):
+    """An agent that has a machine of its own, with a folder instead of the machine's files. No test sends it a time, a name or a
+    number of processors: those would be this machine's."""
+    agent = Guestd("--machine", "--root", str(tmp_path))
+    yield agent
+    agent.close()
+
+
+def test_an_ordinary_user_cannot_initialise_the_agents_own_machine(owned):
+    """Its code runs beside the agent, and whoever comes first sets the credentials."""
+    owned.start()
+
+    def init_as(uid: int) -> str:
+        command = [sys.executable, "-c", INIT_AS, str(owned.port), str(uid)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+
+    assert init_as(65534) == "401"
+    with owned.client() as client:
+        assert client.post("/freeze", headers={"X-Guestd-Control": "mine"}).status_code == 401
+    assert init_as(0) == "204"
+
+
+def test_the_socket_of_the_link_lets_only_its_owner_in(tmp_path):
+    path = tmp_path / "agent.sock"
+    agent = Guestd("--unix", str(path)).start()
+    try:
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
+            assert call(client, "process.Process/List").status_code == 200
+    finally:
+        agent.close()
+
+
+@pytest.mark.parametrize("method, path", [("PUT", "/files"), ("DELETE", "/files"), ("GET", "/health/"), ("GET", "/HEALTH")])
+def test_only_the_exact_exempt_paths_are_open(secured, method, path):
+    assert secured.request(method, path).status_code == 401

@@ -32,7 +32,7 @@ pub enum Usage {
 pub enum Credential {
     /// Anybody who reaches the listener.
     None,
-    /// The access token, once one is set.
+    /// The access token, once one is set; until then, a caller on the same machine or on the host's link.
     AccessToken,
     /// The access token or a signature in the query.
     AccessTokenOrSignature,

@@ -1,26 +1,46 @@
 //! Asks each call for the credential that the routes table names, and finds the user that it names.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use guestd_protocol::errors::ErrorBody;
 use guestd_protocol::routes::{self, Credential};
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
+use http_body_util::{BodyExt, Limited};
+use tokio::time::timeout;
 
 use super::{Access, Peer, Refusal};
 use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_user_name};
+
+/// How much of a refused request's body is read, in bytes, and for how long.
+const DRAIN_LIMIT: usize = 64 * 1024;
+const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
     match check(&access, &request) {
         Ok(()) => next.run(request).await,
-        Err(refusal) => unauthorized(&refusal.to_string()),
+        Err(refusal) => refuse(request, refusal).await,
     }
+}
+
+/// Answers with the refusal after what the client is still sending, so that the connection can be used again: its other calls may be on
+/// their way already. What is too long or too slow for that ends the connection, and the client is told.
+async fn refuse(request: Request, refusal: Refusal) -> Response {
+    let version = request.version();
+    let rest = Limited::new(request.into_body(), DRAIN_LIMIT).collect();
+    let drained = matches!(timeout(DRAIN_TIME, rest).await, Ok(Ok(_)));
+    let mut response = unauthorized(&refusal.to_string());
+    // HTTP/2 ends the one stream, and has no such header (RFC 9113 section 8.2.2).
+    if !drained && version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 fn check(access: &Access, request: &Request) -> Result<(), Refusal> {

@@ -16,41 +16,39 @@ struct Table {
 #[derive(Clone, Debug, Default)]
 pub struct Connections(Arc<Mutex<Table>>);
 
-/// One open connection. Each door puts a clone into the extensions of every request.
+/// One open connection, in the table for as long as anybody holds it: a tunnel outlives the conversation that it was opened in. Each door puts
+/// one into the extensions of every request.
 #[derive(Clone, Debug)]
-pub struct Connection {
-    id: u64,
-    cut: CancellationToken,
-}
+pub struct Connection(Arc<Entry>);
 
 impl Connection {
     /// Waits until the connection is to be given up.
     pub async fn cut(&self) {
-        self.cut.cancelled().await;
+        self.0.cut.cancelled().await;
     }
 }
 
-/// Keeps a connection in the table.
 #[derive(Debug)]
-pub(super) struct Entry {
+struct Entry {
     connections: Connections,
-    pub(super) connection: Connection,
+    id: u64,
+    cut: CancellationToken,
 }
 
 impl Connections {
-    pub(super) fn enter(&self) -> Entry {
+    pub(super) fn enter(&self) -> Connection {
         let mut table = self.lock();
         let id = table.next;
         table.next += 1;
         let cut = CancellationToken::new();
         table.live.insert(id, cut.clone());
         drop(table);
-        Entry { connections: self.clone(), connection: Connection { id, cut } }
+        Connection(Arc::new(Entry { connections: self.clone(), id, cut }))
     }
 
     /// Cuts every connection but `kept`, and what was tunnelled through them; the result says how many.
     pub fn cut_all_but(&self, kept: Option<&Connection>) -> usize {
-        let kept = kept.map(|connection| connection.id);
+        let kept = kept.map(|connection| connection.0.id);
         let table = self.lock();
         let others = table.live.iter().filter(|(id, _)| Some(**id) != kept);
         let others: Vec<_> = others.map(|(_, cut)| cut.clone()).collect();
@@ -66,7 +64,7 @@ impl Connections {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.connections.lock().live.remove(&self.connection.id);
+        self.connections.lock().live.remove(&self.id);
     }
 }
 
@@ -79,9 +77,9 @@ mod tests {
         let connections = Connections::default();
         let (asks, other) = (connections.enter(), connections.enter());
         drop(connections.enter());
-        assert_eq!(connections.cut_all_but(Some(&asks.connection)), 1, "one has ended by itself");
-        other.connection.cut().await;
-        assert!(!asks.connection.cut.is_cancelled());
+        assert_eq!(connections.cut_all_but(Some(&asks)), 1, "one has ended by itself");
+        other.cut().await;
+        assert!(!asks.0.cut.is_cancelled());
         drop((asks, other));
         assert!(connections.lock().live.is_empty());
     }

@@ -69,12 +69,12 @@ impl Doors {
     /// Serves one byte stream to its end, or until it is cut. Requests carry the [`Peer`] and the [`Connection`] in their extensions.
     pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let doors = self.clone();
-        let entry = self.connections.enter();
-        let connection = entry.connection.clone();
+        let connection = self.connections.enter();
+        let carried = connection.clone();
         let service = service_fn(move |mut request: Request<Incoming>| {
             let doors = doors.clone();
             request.extensions_mut().insert(peer);
-            request.extensions_mut().insert(connection.clone());
+            request.extensions_mut().insert(carried.clone());
             async move {
                 if request.method() == Method::CONNECT {
                     return Ok(tunnel::open(&doors.access, request).await);
@@ -97,7 +97,7 @@ impl Doors {
                     tracing::debug!(%error, "a connection broke off");
                 }
             }
-            () = entry.connection.cut() => tracing::debug!(?peer, "a connection was cut"),
+            () = connection.cut() => tracing::debug!(?peer, "a connection was cut"),
         }
     }
 

@@ -44,6 +44,10 @@ impl Asked {
         if body.is_empty() {
             return Ok(Self { thaws: true, ..Self::default() });
         }
+        // serde takes an array for a struct without names; nobody else does.
+        if body.trim_ascii_start().first() != Some(&b'{') {
+            return Err("invalid /init body: it must be a JSON object".to_owned());
+        }
         let request: InitRequest =
             serde_json::from_slice(body).map_err(|error| format!("invalid /init body: {error}"))?;
         check_token(&request, body)?;
