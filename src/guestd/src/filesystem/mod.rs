@@ -39,6 +39,7 @@ use place::{Owner, Place};
 
 pub use error::FilesystemError;
 pub use files::{FilesError, routes};
+pub use watch::{WatchError, WatcherState};
 
 /// The filesystem operations of one agent.
 #[derive(Clone, Debug)]
@@ -190,6 +191,28 @@ impl Filesystem {
             Ok(watch::Spec { path: caller.resolve(&path)?, options, user: caller.user.clone() })
         })
         .await
+    }
+
+    /// The polled watchers as data, with everything that has happened by now: for another agent that takes this one's place.
+    pub async fn export_watchers(&self) -> Vec<WatcherState> {
+        self.watchers.export().await
+    }
+
+    /// Goes on with exported watchers. One whose directory or user is gone is dropped: its client hears that it is not found.
+    pub async fn restore_watchers(&self, states: Vec<WatcherState>) {
+        for state in states {
+            let (accounts, name) = (Arc::clone(&self.accounts), state.user.clone());
+            let user = tokio::task::spawn_blocking(move || accounts.user(&name)).await;
+            let id = state.id.clone();
+            let error = match user {
+                Ok(Ok(user)) => self.watchers.restore(state, user).await.err().map(|error| error.to_string()),
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_stopped) => return,
+            };
+            if let Some(error) = error {
+                tracing::warn!(id, error, "a watcher is not taken over");
+            }
+        }
     }
 
     /// Runs one operation on a blocking thread as the caller's user, who is looked up there as well.

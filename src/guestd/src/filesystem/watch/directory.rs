@@ -10,6 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// `f_type` of the file systems that report only what happens on this machine: NFS, CIFS, SMB, SMB2, FUSE (contract: envd.md section 3.4,
 /// statfs(2)).
@@ -20,6 +21,8 @@ const NETWORK: [u32; 5] = [0x6969, 0xFF53_4D42, 0x517B, 0xFE53_4D42, 0x6573_5546
 pub(super) struct Identity {
     device: u64,
     inode: u64,
+    /// Where the file system knows it: the number of a removed directory is soon another's.
+    created: Option<SystemTime>,
 }
 
 impl Identity {
@@ -71,7 +74,8 @@ impl Directory {
         let flags = flags | libc::O_DIRECTORY | libc::O_NONBLOCK;
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
         let metadata = file.metadata()?;
-        let identity = Identity { device: metadata.dev(), inode: metadata.ino() };
+        let identity =
+            Identity { device: metadata.dev(), inode: metadata.ino(), created: metadata.created().ok() };
         Ok(Self { file, identity })
     }
 

@@ -26,6 +26,9 @@ use crate::filesystem::entry;
 use crate::filesystem::place::Place;
 use crate::identity::{Accounts, Names};
 
+/// How often a directory is looked for that is not where it should be; the passes are 20 ms apart.
+const TRIES: u32 = 10;
+
 /// Which watcher it is, inside the agent.
 pub(super) type Key = u64;
 
@@ -51,6 +54,15 @@ struct Moving {
     pass: u64,
 }
 
+/// A directory that came and was not found where it should be.
+#[derive(Debug)]
+struct Unreached {
+    key: Key,
+    parent: WatchDescriptor,
+    name: OsString,
+    tries: u32,
+}
+
 /// A directory that is to be looked at.
 struct Visit {
     within: Rc<Directory>,
@@ -74,7 +86,7 @@ pub(super) enum Entered {
 pub(super) struct Pass {
     /// The kernel had more than its queue holds: pass again.
     pub(super) more: bool,
-    /// Another pass, a little later, decides about directories that were moved away.
+    /// Another pass, a little later, decides about directories that were moved meanwhile.
     pub(super) unsettled: bool,
     /// Watchers whose trees must be walked again: some directories may be new.
     pub(super) stale: Vec<Key>,
@@ -89,6 +101,8 @@ pub(super) struct Engine {
     watchers: HashMap<Key, Watcher>,
     last_key: Key,
     moving: Vec<Moving>,
+    /// Directories that came while those above them had other names than the events so far tell.
+    unreached: Vec<Unreached>,
     stale: Vec<Key>,
     pass: u64,
     /// Names of owners, read once in a pass.
@@ -106,6 +120,7 @@ impl Engine {
             watchers: HashMap::new(),
             last_key: 0,
             moving: Vec::new(),
+            unreached: Vec::new(),
             stale: Vec::new(),
             pass: 0,
             names: None,
@@ -131,6 +146,7 @@ impl Engine {
         self.pending = VecDeque::new();
         self.owners = HashMap::new();
         self.moving.clear();
+        self.unreached.clear();
         self.stale.clear();
     }
 
@@ -224,17 +240,23 @@ impl Engine {
         self.pass += 1;
         let mut read = 0;
         let mut more = false;
+        let mut reached = false;
         loop {
             if let Some(event) = self.pending.pop_front() {
                 self.process(&event);
-            } else if read > limit {
+                continue;
+            }
+            if read > limit {
                 more = true;
                 break;
-            } else {
-                match self.fill() {
-                    0 => break,
-                    count => read += count,
+            }
+            match self.fill() {
+                0 if reached => break,
+                0 => {
+                    reached = true;
+                    self.reach();
                 }
+                count => read += count,
             }
         }
         // Both halves of a move are queued in one go, so what an earlier pass saw leave has left the tree.
@@ -245,7 +267,8 @@ impl Engine {
             self.release(moving.key, moving.watch);
         }
         self.names = None;
-        Pass { more, unsettled: !self.moving.is_empty(), stale: std::mem::take(&mut self.stale) }
+        let unsettled = !self.moving.is_empty() || !self.unreached.is_empty();
+        Pass { more, unsettled, stale: std::mem::take(&mut self.stale) }
     }
 
     fn process(&mut self, event: &InotifyEvent) {
@@ -312,7 +335,7 @@ impl Engine {
     }
 
     fn tell_arrival(&mut self, key: Key, event: &InotifyEvent, name: &OsStr, path: &Path) {
-        let opened = self.open(key, path);
+        let opened = self.open(key, event.wd, name, 0);
         let Some(watcher) = self.watchers.get_mut(&key) else { return };
         let tree = &mut watcher.tree;
         let known = tree.child(event.wd, name).filter(|watch| {
@@ -353,12 +376,44 @@ impl Engine {
         self.appear(key, event.wd, name, directory);
     }
 
-    /// A directory of a watcher that can be watched; None when there is none any more.
-    fn open(&self, key: Key, path: &Path) -> Option<Directory> {
-        let watcher = self.watchers.get(&key)?;
-        let root = watcher.tree.root().and_then(|root| watcher.tree.identity(root))?;
-        let opened = watcher.spec.open(root, path);
-        self.passing(key, path, opened)
+    /// The directory of this name in a watched one; None when there is none any more, or when it cannot be reached yet.
+    fn open(&mut self, key: Key, parent: WatchDescriptor, name: &OsStr, tries: u32) -> Option<Directory> {
+        let Watcher { spec, tree, .. } = self.watchers.get(&key)?;
+        let root = tree.root().and_then(|root| tree.identity(root))?;
+        let above = tree.path(parent)?;
+        let found = match spec.open(root, &above) {
+            // Only the directory that the event came from will do, and it may have moved since.
+            Ok(directory) if tree.identity(parent) == Some(directory.identity) => Some(directory),
+            Err(error) if !is_passing(&error) => return self.passing(key, &above.join(name), Err(error)),
+            _ => None,
+        };
+        match found {
+            Some(directory) => {
+                let opened = spec.look(|| directory.child(name));
+                self.passing(key, &above.join(name), opened)
+            }
+            None if tries < TRIES => {
+                self.unreached.push(Unreached { key, parent, name: name.to_owned(), tries: tries + 1 });
+                None
+            }
+            None => {
+                let error = io::Error::other("it is not where it was said to be");
+                self.passing(key, &above.join(name), Err(error))
+            }
+        }
+    }
+
+    /// Looks again for the directories that could not be reached: by now all that was queued is heard, and names are right.
+    fn reach(&mut self) {
+        for Unreached { key, parent, name, tries } in std::mem::take(&mut self.unreached) {
+            let known = |watcher: &Watcher| watcher.tree.child(parent, &name).is_some();
+            if self.watchers.get(&key).is_none_or(known) {
+                continue;
+            }
+            if let Some(directory) = self.open(key, parent, &name, tries) {
+                self.appear(key, parent, &name, directory);
+            }
+        }
     }
 
     /// Directories come and go; anything else that keeps one from being watched is told.
@@ -464,7 +519,7 @@ impl Engine {
             return Err(WatchError::TooLarge { path: spec.path.clone() });
         }
         let watch = match kernel.add(directory, &spec.path.join(&path)) {
-            Err(WatchError::Io { source, .. }) if is_passing(&source) => return Ok(Entered::Not),
+            Err(error) if error.source_error().is_some_and(is_passing) => return Ok(Entered::Not),
             added => added?,
         };
         let displaced = tree.child(parent, name);

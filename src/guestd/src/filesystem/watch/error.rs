@@ -1,7 +1,7 @@
 //! What can go wrong with a watch, and which Connect code says so (contract: envd.md section 1.10).
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use connectrpc::{ConnectError, ErrorCode};
 
@@ -40,11 +40,21 @@ pub enum WatchError {
         "no inotify instance is left: the limit fs.inotify.max_user_instances or that of open files is reached"
     )]
     NoInstances,
-    #[error("cannot watch {}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
 }
 
 impl WatchError {
+    pub(super) fn io(path: &Path, source: io::Error) -> Self {
+        FilesystemError::io("watch", path)(source).into()
+    }
+
+    /// The operating system's error, where that is all there is to say.
+    pub(super) fn source_error(&self) -> Option<&io::Error> {
+        match self {
+            Self::Filesystem(FilesystemError::Io { source, .. }) => Some(source),
+            _ => None,
+        }
+    }
+
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Filesystem(error) => error.code(),
@@ -53,10 +63,6 @@ impl WatchError {
             Self::Lost { .. } => ErrorCode::Internal,
             Self::TooManyWatchers | Self::TooLarge { .. } | Self::NoWatches { .. } | Self::NoInstances => {
                 ErrorCode::ResourceExhausted
-            }
-            Self::Io { path, source } => {
-                let source = io::Error::from(source.kind());
-                FilesystemError::Io { action: "watch", path: path.clone(), source }.code()
             }
         }
     }

@@ -48,7 +48,7 @@ impl Kernel {
         match Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK) {
             Ok(inotify) => Ok(Self { inotify, queue_limit }),
             Err(Errno::EMFILE | Errno::ENFILE) => Err(WatchError::NoInstances),
-            Err(error) => Err(WatchError::Io { path: "inotify".into(), source: error.into() }),
+            Err(error) => Err(WatchError::io(Path::new("inotify"), error.into())),
         }
     }
 
@@ -59,7 +59,7 @@ impl Kernel {
     pub(super) fn add(&self, directory: &Directory, path: &Path) -> Result<WatchDescriptor, WatchError> {
         self.inotify.add_watch(&directory.address(), HEARD).map_err(|error| match error {
             Errno::ENOSPC => WatchError::NoWatches { path: path.to_owned() },
-            error => WatchError::Io { path: path.to_owned(), source: error.into() },
+            error => WatchError::io(path, error.into()),
         })
     }
 

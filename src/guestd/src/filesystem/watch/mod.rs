@@ -39,6 +39,7 @@ use super::credentials::ActingAs;
 use crate::identity::{Accounts, User};
 
 pub use error::WatchError;
+pub use polled::WatcherState;
 
 /// The most watchers at a time, streams and polled ones together.
 const WATCHER_LIMIT: usize = 1024;
@@ -223,7 +224,7 @@ impl Shared {
 
     /// Starts the task that waits for the kernel.
     fn read(self: &Arc<Self>, kernel: Arc<Kernel>) -> Result<(), WatchError> {
-        let failed = |source| WatchError::Io { path: "inotify".into(), source };
+        let failed = |source| WatchError::io(Path::new("inotify"), source);
         let kernel = kernel::readiness(kernel).map_err(failed)?;
         let task = tokio::spawn(read(kernel, Arc::downgrade(self)));
         let former = self.reader.lock().unwrap_or_else(PoisonError::into_inner).replace(task.abort_handle());

@@ -4,6 +4,7 @@
 //! then: its events are bounded.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ struct Entry {
 
 /// A polled watcher as data: what another agent needs to go on with it.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Exported {
+pub struct WatcherState {
     pub id: String,
     pub path: std::path::PathBuf,
     pub options: Options,
@@ -65,7 +66,7 @@ impl Watchers {
     /// Those of envd.md section 1.10, and the limits.
     pub async fn create(self: &Arc<Self>, spec: Spec) -> Result<String, WatchError> {
         let watch = self.open(spec.clone()).await?;
-        let id = new_id().map_err(|source| WatchError::Io { path: spec.path.clone(), source })?;
+        let id = new_id().map_err(|source| WatchError::io(&spec.path, source))?;
         self.keep(id.clone(), Entry { spec, watch, asked: Instant::now() });
         Ok(id)
     }
@@ -104,12 +105,12 @@ impl Watchers {
     }
 
     /// All polled watchers as data, with everything that has happened by now. Streams end with their connections.
-    pub async fn export(&self) -> Vec<Exported> {
+    pub async fn export(&self) -> Vec<WatcherState> {
         self.shared.catch_up().await;
         let table = self.polled.lock();
         let exported = table.by_id.iter().map(|(id, entry)| {
             let (events, lost) = entry.watch.outbox.copy();
-            Exported {
+            WatcherState {
                 id: id.clone(),
                 path: entry.spec.path.clone(),
                 options: entry.spec.options,
@@ -128,7 +129,7 @@ impl Watchers {
     /// Those of [`Watchers::create`]: the directory may be gone.
     pub async fn restore(
         self: &Arc<Self>,
-        exported: Exported,
+        exported: WatcherState,
         user: crate::identity::User,
     ) -> Result<(), WatchError> {
         let spec = Spec { path: exported.path, options: exported.options, user };
@@ -162,12 +163,13 @@ async fn reap(watchers: Arc<Watchers>) {
 }
 
 /// `w` and 20 of `[a-z0-9]` (contract: envd.md section 3.4): it is the whole of what protects one client's watcher from another.
-fn new_id() -> std::io::Result<String> {
+fn new_id() -> io::Result<String> {
     const DIGITS: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
     let mut id = String::from("w");
     while id.len() < 21 {
         let mut random = [0; 32];
-        getrandom::fill(&mut random)?;
+        getrandom::fill(&mut random)
+            .map_err(|error| io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO)))?;
         // 252 is 7 times 36: above it, some digits would come more often than others.
         let digits = random.iter().filter(|byte| **byte < 252);
         id.extend(digits.map(|byte| char::from(DIGITS[usize::from(byte % 36)])).take(21 - id.len()));

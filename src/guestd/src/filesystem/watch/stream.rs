@@ -144,6 +144,8 @@ fn next_keepalive(origin: Instant, interval: Duration) -> Instant {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::StreamExt as _;
+
     use super::*;
 
     #[test]
@@ -152,6 +154,27 @@ mod tests {
         assert_eq!(interval(None), KEEPALIVE_DEFAULT);
         assert_eq!(interval(Some(50)), Duration::from_secs(50));
         assert!(Instant::now().checked_add(interval(Some(u64::MAX))).is_some());
+    }
+
+    #[tokio::test]
+    async fn an_open_watch_is_no_use_and_a_delivered_event_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let accounts = Arc::new(crate::identity::Accounts::new(std::path::Path::new("/")));
+        let user = accounts.user("root").unwrap();
+        let spec = Spec { path: folder.path().to_owned(), options: Default::default(), user };
+        let activity = Activity::new(guestd_idle::Policy::default());
+        let manner = Manner { keepalive: KEEPALIVE_DEFAULT, deadline: None };
+        let stream = Watchers::new(accounts).follow(spec, manner, &activity).await.unwrap();
+        let mut stream = std::pin::pin!(stream);
+        stream.next().await.unwrap().unwrap();
+        let report = activity.report();
+        let hold = &report.holds[0];
+        assert_eq!((report.counting, hold.class.as_str(), hold.bytes), (0, "watch", 0));
+        std::fs::write(folder.path().join("f"), "").unwrap();
+        stream.next().await.unwrap().unwrap();
+        let report = activity.report();
+        assert_eq!((report.counting, report.holds[0].bytes), (0, 1));
+        assert!(report.holds[0].since_progress_ms <= report.holds[0].age_ms);
     }
 
     #[tokio::test(start_paused = true)]

@@ -485,7 +485,7 @@ async fn a_watcher_goes_on_in_another_agent_with_what_was_not_heard() {
     upload(fixture.root.join("d/f"));
     let exported = serde_json::to_string(&fixture.watchers.export().await).unwrap();
     let successor = Fixture::new();
-    let exported: Vec<super::polled::Exported> = serde_json::from_str(&exported).unwrap();
+    let exported: Vec<super::WatcherState> = serde_json::from_str(&exported).unwrap();
     assert_eq!((exported.len(), exported[0].user.as_str()), (1, "root"));
     for exported in exported {
         let user = spec(Path::new("/"), Options::default()).user;
@@ -507,5 +507,76 @@ async fn an_id_is_a_letter_and_twenty_random_ones() {
         assert!(id.len() == 21 && id.starts_with('w'), "{id}");
         assert!(id.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit()), "{id}");
         assert!(ids.insert(id));
+    }
+}
+
+/// Random numbers that come again with the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+
+    /// A path of one to three names out of three, so that everything gets into everything's way.
+    fn path(&mut self) -> PathBuf {
+        (0..=self.roll(3)).map(|_| ["a", "b", "c"][self.roll(3) as usize]).collect()
+    }
+}
+
+fn shake(root: &Path, outside: &Path, dice: &mut Dice) {
+    for number in 0..400 {
+        let (path, other) = (root.join(dice.path()), root.join(dice.path()));
+        // Most of it fails at one time or another; what does not is what the watcher has to follow.
+        let _ = match dice.roll(8) {
+            0 | 1 => fs::create_dir_all(&path),
+            2 => fs::write(&path, "x"),
+            3 | 4 => fs::rename(&path, &other),
+            5 => fs::remove_dir_all(&path),
+            6 => fs::rename(&path, outside.join(number.to_string())),
+            _ => fs::read_dir(outside).and_then(|mut entries| match entries.next() {
+                Some(entry) => fs::rename(entry?.path(), &path),
+                None => Ok(()),
+            }),
+        };
+    }
+}
+
+fn directories(root: &Path, below: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(root.join(below)).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            found.push(below.join(entry.file_name()));
+            directories(root, &below.join(entry.file_name()), found);
+        }
+    }
+}
+
+#[tokio::test]
+async fn after_any_turmoil_every_directory_is_watched_under_its_name_and_no_other_is() {
+    for seed in 1..=40 {
+        let fixture = Fixture::new();
+        let (root, outside) = (fixture.root.clone(), fixture.base.path().join("outside"));
+        fs::create_dir(&outside).unwrap();
+        let id = fixture.create(true).await;
+        let work = tokio::task::spawn_blocking(move || shake(&root, &outside, &mut Dice(seed)));
+        while !work.is_finished() {
+            fixture.events(&id).await;
+        }
+        work.await.unwrap();
+        fixture.events(&id).await;
+        let mut expected = Vec::new();
+        directories(&fixture.root, Path::new(""), &mut expected);
+        fixture.settled(expected.len() + 1).await;
+        for directory in &expected {
+            fs::File::create(fixture.root.join(directory).join("probe")).unwrap();
+        }
+        let told: Vec<_> = fixture.events(&id).await;
+        let expected: Vec<_> =
+            expected.iter().map(|path| format!("CREATE {}", path.join("probe").display())).collect();
+        assert_eq!(told, expected, "seed {seed}");
     }
 }

@@ -24,7 +24,7 @@ struct Visit {
 /// The limits of watchers and of the kernel, or a directory that cannot be read although it is there.
 pub(super) fn walk(engine: &Mutex<Engine>, key: Key) -> Result<(), WatchError> {
     let Some((spec, identity, watch)) = engine.blocking_lock().begin_walk(key) else { return Ok(()) };
-    let unreadable = |source| WatchError::Io { path: spec.path.clone(), source };
+    let unreadable = |source| WatchError::io(&spec.path, source);
     let root = spec.open(identity, "".as_ref()).map_err(unreadable)?;
     let mut visits = Vec::new();
     let push = |directory: Directory, parent, visits: &mut Vec<Visit>| {
