@@ -527,24 +527,21 @@ impl Engine {
             tree.see(watch);
             return Ok(Entered::Known(watch));
         }
-        let known = tree.contains(watch);
-        if known {
+        if tree.contains(watch) {
             if tree.is_within(parent, watch) || is_still_there(spec, tree, watch, directory.identity) {
                 // A mount shows the same directory twice: its first name stays.
                 tree.see(watch);
                 return Ok(Entered::Not);
             }
-            tree.detach(watch);
+            // It moved, and not all that happened in it meanwhile was heard with a name: it begins anew.
             self.moving.retain(|moving| moving.key != key || moving.watch != watch);
+            self.release(key, watch);
+            return self.enter(key, parent, name, directory);
         }
         if let Some(displaced) = displaced {
             self.release(key, displaced);
         }
         let Some(watcher) = self.watchers.get_mut(&key) else { return Ok(Entered::Not) };
-        if known {
-            watcher.tree.attach(watch, parent, name);
-            return Ok(Entered::Known(watch));
-        }
         watcher.tree.insert(parent, name, watch, directory.identity);
         let owners = self.owners.entry(watch).or_default();
         // Others have watched it before: what they have not heard yet may be anywhere in the queue.
