@@ -3,6 +3,7 @@
 //! One file per command. `steps` runs other programs and shows progress, `workspace` knows where things are, `tools`
 //! builds and installs. None of it is part of what ships.
 
+mod bench;
 mod demo;
 mod deps;
 mod image;
@@ -35,6 +36,11 @@ enum Command {
     Image(image::Options),
     /// Check and test everything
     Test(test::Options),
+    /// Measure the promises of the design, each beside its floor
+    Bench(bench::Options),
+    /// One floor of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchFloor(bench::FloorOptions),
     /// Check formatting, lints and dependencies
     Lint,
     /// Install what the other commands need
@@ -56,6 +62,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Up(options) => up::run(&options),
         Command::Image(options) => image::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
+        Command::BenchFloor(options) => bench::run_floor(&options),
         Command::Lint => lint::run(),
         Command::Deps(options) => deps::run(&options),
     }

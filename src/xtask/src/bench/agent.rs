@@ -1,0 +1,112 @@
+//! An agent of this run: started on a port of its own, ended with its owner.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::client::Client;
+use super::proc::Process;
+
+/// How long a start may take before it counts as failed.
+const START_LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    address: SocketAddr,
+    folder: tempfile::TempDir,
+}
+
+impl Agent {
+    /// Starts `program` in a folder of its own under `work`, and waits for its first answer.
+    ///
+    /// # Errors
+    /// When it ends or does not answer in time, with where its log is.
+    pub fn start(program: &Path, work: &Path) -> Result<Self> {
+        Ok(Self::start_timed(program, work)?.0)
+    }
+
+    /// As [`Agent::start`], with the time from before the fork to the first answer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_timed(program: &Path, work: &Path) -> Result<(Self, Duration)> {
+        let folder = tempfile::tempdir_in(work).context("cannot make a folder for the agent")?;
+        let address = free_address()?;
+        let log = File::create(folder.path().join("log"))?;
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--port").arg(address.port().to_string());
+        command.current_dir(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let begin = Instant::now();
+        let child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
+        let mut agent = Self { child, address, folder };
+        let socket = agent.first_connection(begin)?;
+        Client::over(socket)?.health()?;
+        let elapsed = begin.elapsed();
+        Ok((agent, elapsed))
+    }
+
+    fn first_connection(&mut self, begin: Instant) -> Result<TcpStream> {
+        loop {
+            match TcpStream::connect(self.address) {
+                Ok(socket) => return Ok(socket),
+                Err(_) if begin.elapsed() < START_LIMIT => {
+                    if let Some(status) = self.child.try_wait()? {
+                        bail!("the agent ended with {status}: {}", self.log());
+                    }
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                Err(error) => bail!("the agent does not listen ({error}): {}", self.log()),
+            }
+        }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn connect(&self) -> Result<Client> {
+        Client::over(self.socket()?)
+    }
+
+    pub fn socket(&self) -> Result<TcpStream> {
+        Ok(TcpStream::connect(self.address)?)
+    }
+
+    pub fn process(&self) -> Process {
+        Process::new(self.child.id())
+    }
+
+    /// A folder on the file system of the build, which is gone with the agent.
+    pub fn folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.child.id()).map(Pid::from_raw);
+        let asked = pid.is_ok_and(|pid| kill(pid, Signal::SIGTERM).is_ok());
+        let limit = Instant::now() + Duration::from_secs(3);
+        while asked && Instant::now() < limit {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // Nothing to do about a failure: the agent is gone, or not ours to end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that nobody listens on at this moment.
+fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
