@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::client::Client;
+use super::http;
 use super::proc::Process;
+use crate::{steps, workspace};
 
 /// How long a start may take before it counts as failed.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -49,7 +51,22 @@ impl Agent {
         let socket = agent.first_connection(begin)?;
         Client::over(socket)?.health()?;
         let elapsed = begin.elapsed();
+        if !workspace::is_root() {
+            agent.run_commands_as_me()?;
+        }
         Ok((agent, elapsed))
+    }
+
+    /// The agent's built-in default is root, which only root's agent can become.
+    fn run_commands_as_me(&self) -> Result<()> {
+        let name = steps::output(Command::new("id").arg("-un"))?;
+        let body = serde_json::json!({"defaultUser": name.trim()}).to_string();
+        let headers = [("Content-Type", "application/json")];
+        let mut request = http::head("POST", "/init", &headers, Some(body.len() as u64));
+        request.extend_from_slice(body.as_bytes());
+        let (status, answer) = self.connect()?.call(&request)?;
+        ensure!(status == 204, "/init answered with status {status}: {}", String::from_utf8_lossy(&answer));
+        Ok(())
     }
 
     fn first_connection(&mut self, begin: Instant) -> Result<TcpStream> {

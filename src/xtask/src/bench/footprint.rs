@@ -37,9 +37,10 @@ pub const ROWS: &[Row] = &[
 const MEBIBYTE: f64 = (1 << 20) as f64;
 
 /// A quiet agent is one that did nothing for so long.
-const QUIET: Duration = Duration::from_secs(5);
-/// Blocking threads end after 10 s, and the end of a process is kept for 30 s.
-const SETTLE_LIMIT: Duration = Duration::from_secs(45);
+const QUIET: Duration = Duration::from_secs(2);
+/// Blocking threads end after 10 s, and the end of a process is kept for 30 s (contract: envd.md section 2.8).
+const AFTERMATH: Duration = Duration::from_secs(31);
+const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 
 fn size(_bench: &Bench) -> Result<Reading> {
     let program = workspace::build("guestd", "dist")?;
@@ -52,10 +53,10 @@ fn size(_bench: &Bench) -> Result<Reading> {
 
 fn memory(bench: &Bench) -> Result<Reading> {
     let agent = bench.agent()?;
-    settle(&agent, Duration::from_secs(1))?;
+    settle(&agent, Duration::ZERO)?;
     let fresh = agent.process().memory()?;
     work(&agent, 16 << 20)?;
-    settle(&agent, Duration::from_secs(12))?;
+    settle(&agent, AFTERMATH)?;
     let after = agent.process().memory()?;
     let mib = |bytes: u64| bytes as f64 / MEBIBYTE;
     Ok(Reading::new(mib(fresh.rss), MEBIBYTES, Promise::AtMost(4.0).exactly(mib(fresh.rss)))
@@ -78,7 +79,7 @@ fn wakeups(bench: &Bench) -> Result<Reading> {
     // An agent that was used, with a client's idle connection: more than one that just started.
     work(&agent, 1 << 20)?;
     let _idle = agent.connect()?;
-    let settled = settle(&agent, QUIET)?;
+    let settled = settle(&agent, AFTERMATH)?;
     let before = agent.process().voluntary_switches()?;
     std::thread::sleep(window);
     let switches = agent.process().voluntary_switches()?.saturating_sub(before) as f64;
@@ -110,13 +111,13 @@ fn work(agent: &Agent, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Waits until nothing woke the agent for `quiet`; how long that took.
-fn settle(agent: &Agent, quiet: Duration) -> Result<Duration> {
+/// Waits for `least`, and until nothing woke the agent for a while; how long that took.
+fn settle(agent: &Agent, least: Duration) -> Result<Duration> {
     let begin = Instant::now();
     let process = agent.process();
     let mut seen = process.voluntary_switches()?;
     let mut since = Instant::now();
-    while since.elapsed() < quiet && begin.elapsed() < SETTLE_LIMIT {
+    while (begin.elapsed() < least || since.elapsed() < QUIET) && begin.elapsed() < SETTLE_LIMIT {
         std::thread::sleep(Duration::from_millis(100));
         let now = process.voluntary_switches()?;
         if now != seen {

@@ -58,13 +58,14 @@ impl Series {
 fn render(text: &mut String, points: &[Point]) -> Result<(), Box<dyn std::error::Error>> {
     let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
+    let root = root.margin(10, 4, 0, 0);
     let title = "guestd: latency and throughput over concurrent streams";
     let root = root.titled(title, (FONT, 24))?;
     let below =
         "closed loop: each stream has one operation under way; agent, client and commands share this machine";
     let root = root.titled(below, (FONT, 14).into_font().color(&BLACK.mix(0.6)))?;
     let (latency, rest) = root.split_vertically(470);
-    let (operations, output) = rest.split_vertically(335);
+    let (operations, output) = rest.split_vertically(330);
     panel(
         &latency,
         "Latency",
@@ -158,11 +159,11 @@ fn panel(
     Ok(())
 }
 
-/// Whole decades around all values, with room for the legend above.
+/// Whole decades around all values, with room of at least one for the legend above.
 fn decades(low: f64, high: f64) -> (f64, f64) {
     let (low, high) = if low.is_finite() && low > 0.0 && high > 0.0 { (low, high) } else { (1.0, 10.0) };
     let bottom = 10_f64.powf(low.log10().floor());
-    (bottom, 10_f64.powf((high * 1.5).log10().ceil()))
+    (bottom, 10_f64.powf((high * 12.0).log10().ceil()))
 }
 
 fn tick(value: f64) -> String {
@@ -201,8 +202,8 @@ mod tests {
 
     #[test]
     fn axes_are_whole_decades_around_the_values() {
-        assert_eq!(decades(0.3, 40.0), (0.1, 100.0));
-        assert_eq!(decades(f64::INFINITY, 0.0), (1.0, 100.0));
+        assert_eq!(decades(0.3, 40.0), (0.1, 1000.0));
+        assert_eq!(decades(f64::INFINITY, 0.0), (1.0, 1000.0));
     }
 
     #[test]
