@@ -148,7 +148,7 @@ impl Client {
 
 /// Bytes that no file system stores as a hole.
 pub fn send_pattern(socket: &mut TcpStream, length: u64) -> Result<()> {
-    let pattern: Vec<u8> = (0..BUFFER).map(|index| (index * 131 >> 3) as u8).collect();
+    let pattern: Vec<u8> = (0..BUFFER).map(|index| ((index * 131) >> 3) as u8).collect();
     let mut left = length;
     while left > 0 {
         let count = usize::try_from(left).unwrap_or(usize::MAX).min(pattern.len());

@@ -371,7 +371,7 @@ mod tests {
             event(1, &[1 << 3, 7]),
             event(2, &field(1, b"hello")),
             event(4, b""),
-            event(3, &[1 << 3, 1, 3 << 3 | 2, 0]),
+            event(3, &[1 << 3, 1, (3 << 3) | 2, 0]),
             frame(END_OF_STREAM, b"{}"),
         ]);
         for (codec, bytes) in [(Codec::Json, json), (Codec::Binary, binary)] {
