@@ -168,7 +168,7 @@ fn decades(low: f64, high: f64) -> (f64, f64) {
 
 fn tick(value: f64) -> String {
     if value >= 1000.0 && value % 1000.0 == 0.0 {
-        return format!("{} 000", value / 1000.0);
+        return format!("{} 000", tick(value / 1000.0));
     }
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
@@ -208,6 +208,6 @@ mod tests {
 
     #[test]
     fn ticks_are_short() {
-        assert_eq!([0.1, 1.0, 250.0, 2000.0].map(tick), ["0.1", "1", "250", "2 000"]);
+        assert_eq!([0.1, 250.0, 2000.0, 1e6].map(tick), ["0.1", "250", "2 000", "1 000 000"]);
     }
 }
