@@ -19,6 +19,7 @@ use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 use crate::access::{self, Access, Rules};
 use crate::activity::rpc::ActivityService;
 use crate::activity::{self, Activity};
+use crate::cgroup::{self, Cgroups};
 use crate::doors::{self, Connections, Doors};
 use crate::filesystem::{self, Filesystem};
 use crate::freeze::{self, Freezer};
@@ -58,6 +59,8 @@ pub struct Config {
     pub cgroup_root: PathBuf,
     /// Firecracker's metadata service, where there is one.
     pub mmds: Option<SocketAddr>,
+    /// Where commands get control groups of their own.
+    pub cgroups: cgroup::Choice,
     /// Ends the machine.
     pub power_off: fn(),
     /// Where programs of the machine say that they are busy.
@@ -77,6 +80,7 @@ impl Default for Config {
             root: PathBuf::from("/"),
             cgroup_root: PathBuf::from(CGROUP_ROOT),
             mmds: None,
+            cgroups: cgroup::Choice::Off,
             activity_socket: None,
             power_off: || std::process::exit(0),
         }
@@ -103,7 +107,8 @@ fn build(config: &Config) -> Built {
     let activity = Activity::new(Policy::default());
     let inhibition = Inhibition::new(Arc::clone(&activity));
     let notices = Arc::new(Notices::new(Arc::clone(&activity), PathBuf::from(notice::HOOKS)));
-    let processes = Processes::new(Arc::clone(&activity));
+    let cgroups = Arc::new(Cgroups::prepare(&config.cgroups));
+    let processes = Processes::new(Arc::clone(&activity), Arc::clone(&cgroups));
     let files =
         Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings), Arc::clone(&activity)));
     let system = System::new(

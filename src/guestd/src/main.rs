@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use guestd::agent::{self, Config};
+use guestd::cgroup::Choice;
 use guestd::init::{self, Place};
 use guestd::mmds;
 use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
@@ -17,7 +18,7 @@ const USAGE: &str = "\
 guestd: the agent inside every microVM
 
 usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH] [--machine]
-                    [--insecure-open] [--mmds[=ADDRESS:PORT]] [--cgroup-root PATH] [--root PATH]
+                    [--insecure-open] [--mmds[=ADDRESS:PORT]] [--cgroup-root PATH | --no-cgroups] [--root PATH]
        guestd busy [--why TEXT] [--ttl DURATION] [-- COMMAND]
        guestd idle [--json]
        guestd --version
@@ -34,7 +35,9 @@ usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket
                  serve the network even while no access token is set
   --mmds         ask Firecracker's metadata service who this machine is (169.254.169.254:80)
   --cgroup-root PATH
-                 the cgroup v2 hierarchy (/sys/fs/cgroup)
+                 make the control groups of commands in this folder of a cgroup v2 file system, and freeze
+                 those below it (the service's own group, when the service manager delegated it)
+  --no-cgroups   no control groups: no limits, and a kill reaches the process group
   --root PATH    where /init writes names and certificates (/)
   busy, idle     in the machine: keep the sandbox, or ask why it is alive; each has a --help
 
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
                 own_kernel: machine,
                 insecure_open: given("guestd.insecure_open") || open_container,
                 mmds: given("guestd.mmds").then_some(mmds::ADDRESS),
+                cgroups: if machine { Choice::Machine } else { Choice::Container },
                 power_off,
                 activity_socket: Some(PathBuf::from(guestd::inhibit::SOCKET_PATH)),
                 ..Config::default()
@@ -90,6 +94,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     let mut port = ENVD_PORT;
     let mut config = Config::default();
     let mut serve = false;
+    let mut cgroups = Choice::Delegated;
     while let Some(argument) = arguments.next()? {
         match argument {
             // The builder of templates records the first line of it as the template's agent version.
@@ -112,7 +117,11 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
                 let given = arguments.optional_value().map(|address| address.parse()).transpose()?;
                 config.mmds = Some(given.unwrap_or(mmds::ADDRESS));
             }
-            Long("cgroup-root") => config.cgroup_root = PathBuf::from(arguments.value()?),
+            Long("cgroup-root") => {
+                config.cgroup_root = PathBuf::from(arguments.value()?);
+                cgroups = Choice::At(config.cgroup_root.clone());
+            }
+            Long("no-cgroups") => cgroups = Choice::Off,
             Long("root") => config.root = PathBuf::from(arguments.value()?),
             other => return Err(other.unexpected()),
         }
@@ -120,7 +129,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     if !serve {
         return Err("nothing to do: say `serve`".into());
     }
-    Ok(Some(Config { tcp: vec![SocketAddr::new(host, port)], ..config }))
+    Ok(Some(Config { tcp: vec![SocketAddr::new(host, port)], cgroups, ..config }))
 }
 
 /// Runs the agent to its end; the result is its exit code.

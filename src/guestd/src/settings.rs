@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
+use crate::cgroup::Limits;
+
 /// The user that an agent runs commands as until `/init` says otherwise (contract: envd.md section 0).
 const BUILT_IN_USER: &str = "root";
 
@@ -17,6 +19,8 @@ pub struct Values {
     pub environment: BTreeMap<String, String>,
     /// Variables of the agent's own (`E2B_SANDBOX` and the like), which `/init` cannot change.
     pub internal_environment: BTreeMap<String, String>,
+    /// For commands that bring no limits of their own.
+    pub process_limits: Limits,
 }
 
 /// The shared settings.
@@ -34,6 +38,7 @@ impl Settings {
                 default_workdir: None,
                 environment: BTreeMap::new(),
                 internal_environment: internal,
+                process_limits: Limits::default(),
             }),
         }
     }

@@ -66,4 +66,21 @@ pub struct InitRequest {
     /// Ours, additive: how long inhibitors may hold this sandbox in all, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inhibitor_budget_ms: Option<u64>,
+    /// Ours, additive: limits of each command that brings none of its own. Replaces all three; absent leaves them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process_limits: Option<ProcessLimits>,
+}
+
+/// What one command may use with all that it starts; what is absent is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProcessLimits {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<u64>,
+    /// Of one processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_percent: Option<u32>,
+    /// Processes and threads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u32>,
 }

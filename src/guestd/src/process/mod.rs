@@ -31,6 +31,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::activity::{Activity, HoldGuard};
+use crate::cgroup::{self, Cgroups, Group, GroupError, Limits};
 
 use exit::Kill;
 use input::Input;
@@ -50,6 +51,9 @@ const RETAINED: Duration = Duration::from_secs(30);
 /// How long SendSignal waits for a killed process to be gone, so that a `kill -0` right after it fails.
 const REAP_WAIT: Duration = Duration::from_secs(2);
 
+/// A command with this tag stays in the agent's own control group (contract: envd.md section 2.13).
+const SYSTEM_TAG: &str = "_system";
+
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     #[error("process with pid {0} not found")]
@@ -60,6 +64,8 @@ pub enum ProcessError {
     Spawn { command: String, terminal: bool, source: std::io::Error },
     #[error(transparent)]
     Input(#[from] InputError),
+    #[error("error starting process '{command}': {source}")]
+    Group { command: String, source: GroupError },
     #[error("error sending signal: {0}")]
     Signal(Errno),
     #[error("error resizing tty: tty not assigned to process")]
@@ -77,6 +83,8 @@ pub struct Process {
     input: Input,
     /// Until its end: a terminal that nobody uses any more is given back.
     terminal: Mutex<Option<Arc<Terminal>>>,
+    /// What it runs in, until its end.
+    group: Mutex<Option<Group>>,
     /// The last attempt to end it.
     kill: Mutex<Option<Kill>>,
     /// Turns true when the process was reaped.
@@ -168,7 +176,12 @@ impl Process {
         self.note(kill);
         // Asked for before its session loses its leader.
         self.signal_foreground(Signal::SIGKILL);
-        signals::to_group(self.pid, Signal::SIGKILL)
+        let sent = signals::to_group(self.pid, Signal::SIGKILL);
+        // And whatever left its process group.
+        if let Some(Err(error)) = lock(&self.group).as_ref().map(Group::kill) {
+            tracing::warn!(pid = self.pid, %error, "the control group of a command could not be killed");
+        }
+        sent
     }
 
     fn signal_foreground(&self, signal: Signal) {
@@ -178,22 +191,31 @@ impl Process {
     }
 
     fn terminal(&self) -> Option<Arc<Terminal>> {
-        self.terminal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.terminal).clone()
     }
 
     fn note(&self, kill: Kill) {
-        *self.kill.lock().unwrap_or_else(PoisonError::into_inner) = Some(kill);
+        *lock(&self.kill) = Some(kill);
     }
 
     fn kill(&self) -> Option<Kill> {
-        self.kill.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.kill).clone()
+    }
+
+    /// After the process's end: its group, to be asked and given up.
+    fn leave_group(&self) -> Option<Group> {
+        lock(&self.group).take()
     }
 
     /// After the process's end: writers are told, and the descriptors given back.
     async fn release_input(&self) {
         self.input.end().await;
-        self.terminal.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.terminal).take();
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
@@ -221,20 +243,33 @@ struct Table {
 pub struct Processes {
     table: Mutex<Table>,
     activity: Arc<Activity>,
+    cgroups: Arc<Cgroups>,
     /// What all kept output may take together.
     budget: Arc<output::budget::Budget>,
 }
 
 impl Processes {
-    pub fn new(activity: Arc<Activity>) -> Arc<Self> {
+    pub fn new(activity: Arc<Activity>, cgroups: Arc<Cgroups>) -> Arc<Self> {
         let budget = output::budget::Budget::new(output::TOTAL_LIMIT);
-        Arc::new(Self { table: Mutex::default(), activity, budget })
+        Arc::new(Self { table: Mutex::default(), activity, cgroups, budget })
+    }
+
+    /// The control group of a new command.
+    fn group(&self, spec: &Spec) -> Result<Option<Group>, GroupError> {
+        if spec.tag.as_deref() == Some(SYSTEM_TAG) {
+            return match spec.limits == Limits::default() {
+                true => Ok(None),
+                false => Err(GroupError::System),
+            };
+        }
+        let kind = spec.terminal.map_or(cgroup::Kind::Command, |_| cgroup::Kind::Terminal);
+        self.cgroups.make(kind, spec.limits, spec.default_limits)
     }
 
     /// Starts a process and attaches its first client before the first byte can come.
     ///
     /// # Errors
-    /// [`ProcessError::Spawn`]; nothing is left behind.
+    /// [`ProcessError::Spawn`] and [`ProcessError::Group`]; nothing is left behind.
     pub fn start(
         self: &Arc<Self>,
         spec: Spec,
@@ -242,9 +277,24 @@ impl Processes {
     ) -> Result<(Arc<Process>, Reader), ProcessError> {
         let class = spec.terminal.map_or(HoldClass::Command, |_| HoldClass::Terminal);
         let hold = self.activity.hold(class, &spec.command_line());
-        let spawn::Spawned { pid, leader, sink, sources } = spawn::spawn(&spec, None).map_err(|source| {
-            ProcessError::Spawn { command: spec.command_line(), terminal: spec.terminal.is_some(), source }
-        })?;
+        let group = self
+            .group(&spec)
+            .map_err(|source| ProcessError::Group { command: spec.command_line(), source })?;
+        let spawned = group
+            .as_ref()
+            .map(Group::open)
+            .transpose()
+            .and_then(|directory| spawn::spawn(&spec, directory.as_ref().map(std::os::fd::AsFd::as_fd)));
+        let spawn::Spawned { pid, leader, sink, sources } = match spawned {
+            Ok(spawned) => spawned,
+            Err(source) => {
+                if let Some(group) = group {
+                    group.remove_when_empty();
+                }
+                let terminal = spec.terminal.is_some();
+                return Err(ProcessError::Spawn { command: spec.command_line(), terminal, source });
+            }
+        };
         hold.name_process(pid);
         let terminal = match &sources {
             spawn::Sources::Terminal(terminal) => Some(Arc::clone(terminal)),
@@ -255,6 +305,7 @@ impl Processes {
             output: output::Output::new(Attachment::new(hold, class), Arc::clone(&self.budget)),
             input: Input::new(sink),
             terminal: Mutex::new(terminal),
+            group: Mutex::new(group),
             kill: Mutex::default(),
             reaped: watch::Sender::new(false),
             spec,
@@ -318,7 +369,7 @@ impl Processes {
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 }
 

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::follow::{Follow, Wishes};
 use super::{InputError, InputKind, Process, ProcessError, Processes, Selector, Spec, SpecError};
+use crate::cgroup::GroupError;
 use crate::identity::{Accounts, IdentityError, RequestUser, effective_user};
 use crate::settings::Settings;
 
@@ -40,6 +41,8 @@ impl From<ProcessError> for ConnectError {
                 _ if source.kind() == std::io::ErrorKind::TimedOut => ErrorCode::Unavailable,
                 _ => ErrorCode::InvalidArgument,
             },
+            ProcessError::Group { source: GroupError::Frozen(_), .. } => ErrorCode::Unavailable,
+            ProcessError::Group { .. } => ErrorCode::FailedPrecondition,
             ProcessError::Input(InputError::Stalled { .. }) => ErrorCode::DeadlineExceeded,
             ProcessError::Input(InputError::NoCloseForTerminal) => ErrorCode::Unknown,
             ProcessError::Input(_)

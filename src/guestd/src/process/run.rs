@@ -17,6 +17,7 @@ use super::output::{Channel, End, Status};
 use super::spawn::{Sources, pending};
 use super::terminal::Terminal;
 use super::{Process, Processes, holders, sleep_until};
+use crate::cgroup::Group;
 
 /// The most that one data event carries of a terminal (contract: envd.md section 2.6).
 const TERMINAL_CHUNK: usize = 16 * 1024;
@@ -93,17 +94,25 @@ pub(super) async fn run(
     let wait = async {
         let ended = wait(&process, &mut leader, deadline).await;
         let duration = process.spec.started.elapsed();
+        let group = process.leave_group();
+        let used = group.as_ref().map(Group::usage);
         process.reaped.send_replace(true);
         // The other end of the pipe is gone, whoever else may hold it.
         process.release_input().await;
         exited.send_replace(true);
-        (ended, duration)
+        (ended, duration, group, used)
     };
-    let ((ended, duration), stdout, stderr) = tokio::join!(wait, stdout, stderr);
+    let ((ended, duration, group, used), stdout, stderr) = tokio::join!(wait, stdout, stderr);
     let kill = process.kill();
-    let mut record = Record::new(ended.status, kill.as_ref(), false);
+    let oom_killed = used.is_some_and(|used| used.oom_kills > 0);
+    let mut record = Record::new(ended.status, kill.as_ref(), oom_killed);
     record.duration = duration;
-    record.usage = ended.usage;
+    // Of the whole tree where there is a group, else of those that were waited for.
+    record.usage = used.map_or(ended.usage, |used| Usage {
+        user: used.user,
+        system: used.system,
+        peak_memory: used.peak_memory.unwrap_or(ended.usage.peak_memory),
+    });
     record.bytes = match first {
         Channel::Pty => exit::Bytes { pty: stdout.bytes, ..exit::Bytes::default() },
         Channel::Stdout | Channel::Stderr => {
@@ -123,6 +132,9 @@ pub(super) async fn run(
     process.output.finish(End { status: ended.status, timed_out, record });
     for source in left {
         tokio::spawn(discard(source));
+    }
+    if let Some(group) = group {
+        group.remove_when_empty();
     }
 }
 

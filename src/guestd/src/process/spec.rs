@@ -8,6 +8,7 @@ use std::time::Instant;
 use guestd_protocol::wire::process as wire;
 
 use super::Size;
+use crate::cgroup::{LimitError, Limits};
 use crate::identity::{PathError, User, resolve_path};
 use crate::settings::Values;
 
@@ -25,6 +26,8 @@ pub enum SpecError {
     NoCommand,
     #[error("{field}: must not contain a NUL byte")]
     Nul { field: &'static str },
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     #[error("process.cwd: {0}")]
     Path(#[from] PathError),
     #[error("cwd '{}' does not exist", .0.display())]
@@ -42,6 +45,10 @@ pub struct Spec {
     pub stdin: bool,
     /// Runs on a terminal of this size.
     pub terminal: Option<Size>,
+    /// Asked for by the client.
+    pub limits: Limits,
+    /// What `/init` says for commands that ask for none.
+    pub default_limits: Limits,
     pub started: Instant,
     pub(super) argv: Vec<CString>,
     pub(super) environment: Vec<CString>,
@@ -59,6 +66,8 @@ impl Spec {
         if config.cmd.is_empty() {
             return Err(SpecError::NoCommand);
         }
+        let limits = request.limits.into_option().unwrap_or_default();
+        let limits = Limits::of_start(&limits)?;
         let cwd = config.cwd.as_deref().unwrap_or_default();
         let directory = resolve_path(cwd, &user, settings.default_workdir.as_deref())?;
         if std::fs::metadata(&directory).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
@@ -96,6 +105,8 @@ impl Spec {
             directory,
             stdin: request.stdin.unwrap_or(true),
             terminal,
+            limits,
+            default_limits: settings.process_limits,
             started: Instant::now(),
             config,
         })

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use super::clock::Timestamp;
 use super::entropy::SEED_LIMIT;
 use super::names;
+use crate::cgroup::Limits;
 use crate::trust::Bundle;
 use crate::volumes::Volume;
 
@@ -26,6 +27,7 @@ pub(super) struct Asked {
     pub(super) volumes: Vec<Volume>,
     pub(super) entropy: Vec<u8>,
     pub(super) policy: Option<Policy>,
+    pub(super) limits: Option<Limits>,
     pub(super) thaws: bool,
     pub(super) body: InitRequest,
 }
@@ -88,7 +90,9 @@ impl Asked {
         let thaws = request.thaw.as_deref() != Some(THAW_SKIP);
         let policy = request.idle_policy.as_ref().map(Policy::from_words).transpose();
         let policy = policy.map_err(|error| error.to_string())?;
-        Ok(Self { timestamp, events, bundle, volumes, entropy, policy, thaws, body: request })
+        let limits = request.process_limits.as_ref().map(Limits::of_init).transpose();
+        let limits = limits.map_err(|error| error.to_string())?;
+        Ok(Self { timestamp, events, bundle, volumes, entropy, policy, limits, thaws, body: request })
     }
 }
 

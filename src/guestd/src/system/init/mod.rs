@@ -217,7 +217,7 @@ impl System {
 
     /// Sets everything but the credentials. The order is the contract's; what fails leaves what was set before.
     async fn apply(&self, asked: Asked, lifecycle: Option<String>) -> Result<(), String> {
-        let Asked { events, bundle, volumes, entropy, policy, body, .. } = asked;
+        let Asked { events, bundle, volumes, entropy, policy, limits, body, .. } = asked;
         let InitRequest {
             env_vars,
             default_user,
@@ -236,6 +236,9 @@ impl System {
         }
         self.inhibition.configure(policy, inhibitor_budget_ms.map(Duration::from_millis));
         self.settings.update(|values| {
+            if let Some(limits) = limits {
+                values.process_limits = limits;
+            }
             if let Some(variables) = env_vars {
                 values.environment = variables;
             }
