@@ -364,3 +364,26 @@ def test_a_working_directory_that_the_user_may_not_enter_is_a_start_error(agent,
     assert ran.error["code"] == "invalid_argument"
     assert ran.error["message"].startswith("error starting process '/bin/true': ")
     assert json.dumps(ran.order) == '["end frame"]'
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(25)
+def test_a_machine_keeps_limits_and_names_the_end_for_want_of_memory(machines):
+    """Only a machine of its own has all controllers for certain."""
+    with machines.plane(machines.create()) as client:
+        limits = {"memoryBytes": str(48 << 20), "cpuPercent": 50, "pids": 20}
+        script = 'cd /sys/fs/cgroup/$(cut -d: -f3 /proc/self/cgroup) && cat memory.max cpu.max pids.max && pwd'
+        shown = start(client, "/bin/bash", "-c", script, limits=limits).stdout.decode().split("\n")
+        assert shown[:3] == [str(48 << 20), "50000 100000", "20"]
+        assert shown[3].startswith("/sys/fs/cgroup/user/c-")
+
+        record = start(client, "/usr/bin/tail", "/dev/zero", limits=limits).end["record"]
+        assert (record["cause"], record["oomKilled"], record["signal"]) == ("oom", True, 9)
+        assert record["killedBy"] == "the kernel: out of memory"
+        assert 40 << 20 <= int(record["peakMemoryBytes"]) <= 48 << 20
+
+        ended = start(client, "/bin/bash", "-c", "tail /dev/zero; exit $?", limits=limits).end
+        assert (ended["exitCode"], ended["record"]["cause"], ended["record"]["oomKilled"]) == (137, "exited", True)
+
+        free = start(client, "/bin/cat", "/proc/self/cgroup", pty={}).pty.decode()
+        assert free.startswith("0::/ptys/c-")

@@ -286,6 +286,30 @@ def test_an_open_terminal_counts_at_each_byte_and_not_for_being_open(agent):
         assert int(report().get("idleForMs", 0)) < 1000
 
 
+def test_an_open_stream_of_input_counts_for_its_bytes_only(agent):
+    control = {"x-guestd-control": "secret"}
+    assert agent.post("/init", json={}, headers=control).status_code == 204
+    reports = []
+
+    with terminal(agent) as shell:
+        shell.read_until("ready> ")
+
+        def messages():
+            yield envelope({"start": of(shell.pid)})
+            time.sleep(1.2)
+            reports.append(call(agent, "activity.v1.Activity/Get", headers=control).json())
+            yield envelope({"data": {"input": {"pty": b64("echo $((1+1))\n")}}})
+            shell.read_until(r"\b2\r")
+            reports.append(call(agent, "activity.v1.Activity/Get", headers=control).json())
+
+        headers = {"Content-Type": "application/connect+json"}
+        agent.post("/process.Process/StreamInput", content=messages(), headers=headers)
+    quiet, busy = reports
+    assert quiet.get("counting", 0) == 0, quiet
+    assert int(quiet["idleForMs"]) >= 1000, quiet
+    assert int(busy.get("idleForMs", 0)) < 1000, busy
+
+
 def test_a_late_client_is_told_how_a_terminal_ended(agent):
     ran = start(agent, "/bin/bash", "-c", "exit 9", pty={"size": SIZE}, tag="term")
     late = connect(agent, tag="term")

@@ -74,7 +74,7 @@ pub const ROUTES: &[Route] = &[
     public("/process.Process/Start", Usage::Process),
     public("/process.Process/Connect", Usage::Process),
     public("/process.Process/Update", Usage::Call),
-    public("/process.Process/StreamInput", Usage::Call),
+    public("/process.Process/StreamInput", Usage::Transfer),
     public("/process.Process/SendInput", Usage::Call),
     public("/process.Process/SendSignal", Usage::Call),
     public("/process.Process/CloseStdin", Usage::Call),

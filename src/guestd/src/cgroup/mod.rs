@@ -227,14 +227,22 @@ impl Tree {
 /// Gives the children of `directory` the controllers of `wanted` that it has itself; returns those.
 fn enable(directory: &Path, wanted: &[&'static str]) -> io::Result<Vec<&'static str>> {
     let available = fs::read_to_string(directory.join("cgroup.controllers"))?;
-    let mut enabled = Vec::new();
-    for controller in wanted.iter().filter(|name| available.split_whitespace().any(|found| found == **name)) {
-        match fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}")) {
-            Ok(()) => enabled.push(*controller),
+    let mut enabled: Vec<&'static str> = wanted
+        .iter()
+        .copied()
+        .filter(|name| available.split_whitespace().any(|found| found == *name))
+        .collect();
+    let write = |text: String| fs::write(directory.join("cgroup.subtree_control"), text);
+    // All at once: each write rebuilds the tree. One by one when one of them is refused.
+    let all: Vec<_> = enabled.iter().map(|name| format!("+{name}")).collect();
+    if !all.is_empty() && write(all.join(" ")).is_err() {
+        enabled.retain(|controller| match write(format!("+{controller}")) {
+            Ok(()) => true,
             Err(error) => {
                 tracing::debug!(directory = %directory.display(), controller, %error, "controller not enabled");
+                false
             }
-        }
+        });
     }
     Ok(enabled)
 }

@@ -17,6 +17,13 @@ pub(super) enum Kill {
     Timeout,
 }
 
+impl Kill {
+    /// Nothing survives it.
+    pub(super) const fn is_certain(&self) -> bool {
+        matches!(self, Self::Timeout | Self::Signal { signal: libc::SIGKILL, .. })
+    }
+}
+
 /// Why there was an end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cause {

@@ -194,8 +194,12 @@ impl Process {
         lock(&self.terminal).clone()
     }
 
+    /// What is certain to end it is kept: a later attempt is not what ended it.
     fn note(&self, kill: Kill) {
-        *lock(&self.kill) = Some(kill);
+        let mut noted = lock(&self.kill);
+        if !noted.as_ref().is_some_and(Kill::is_certain) {
+            *noted = Some(kill);
+        }
     }
 
     fn kill(&self) -> Option<Kill> {

@@ -139,11 +139,7 @@ impl wire::Process for ProcessService {
         let deadline = ctx.deadline().map(Instant::from_std);
         let mut target: Option<Arc<Process>> = None;
         while let Some(message) = requests.next().await {
-            let message = message
-                .map_err(|error| {
-                    ConnectError::new(ErrorCode::Unknown, format!("error streaming input: {error}"))
-                })?
-                .to_owned_message();
+            let message = message.map_err(broken_input)?.to_owned_message();
             match message.event {
                 Some(Wire::Start(start)) => {
                     target = Some(self.processes.find_live(&selector(start.process.into_option())?)?);
@@ -204,6 +200,14 @@ impl wire::Process for ProcessService {
         let selector = selector(request.to_owned_message().process.into_option())?;
         self.processes.find_live(&selector)?.close_stdin().await?;
         Response::ok(wire::CloseStdinResponse::default())
+    }
+}
+
+/// A client that breaks off; what it sent wrongly keeps its own code (contract: envd.md section 1.10).
+fn broken_input(error: ConnectError) -> ConnectError {
+    match error.code {
+        ErrorCode::InvalidArgument | ErrorCode::ResourceExhausted | ErrorCode::DeadlineExceeded => error,
+        _ => ConnectError::new(ErrorCode::Unknown, format!("error streaming input: {error}")),
     }
 }
 

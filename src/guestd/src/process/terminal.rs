@@ -140,8 +140,8 @@ impl Terminal {
     pub async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             let mut ready = self.io.writable().await?;
-            // SAFETY: `bytes` is valid for its length.
             let wrote = ready.try_io(|fd| {
+                // SAFETY: `bytes` is valid for its length.
                 result(unsafe { libc::write(*fd.get_ref(), bytes.as_ptr().cast(), bytes.len()) })
             });
             match wrote {
@@ -194,6 +194,13 @@ impl AsRawFd for Terminal {
     fn as_raw_fd(&self) -> RawFd {
         *self.io.get_ref()
     }
+}
+
+/// `portable-pty` can start programs too, and looks up their shell with this; nobody asks it to, but the linker does not know that. The
+/// C library's own would bring its whole name service into the binary, which must never be called (see [`crate::identity`]).
+#[unsafe(no_mangle)]
+extern "C" fn getpwuid(_uid: libc::uid_t) -> *mut libc::passwd {
+    std::ptr::null_mut()
 }
 
 /// Makes the slave the user's, as login(1) does: a program may open it again by its name.
