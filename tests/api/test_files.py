@@ -4,7 +4,7 @@ import hashlib
 import os
 
 import pytest
-from e2b import FileNotFoundException, InvalidArgumentException, Sandbox, WriteInfo
+from e2b import FileNotFoundException, InvalidArgumentException, Sandbox, SandboxException, WriteInfo
 
 BIG = 64 << 20
 
@@ -67,7 +67,9 @@ def test_what_is_made_belongs_to_the_user(sandbox):
     sandbox.files.write("new/folder/file", "x")
     assert sandbox.commands.run("stat -c '%U %a' new new/folder new/folder/file").stdout == "user 755\nuser 755\nuser 644\n"
     sandbox.files.write("/root/file", "x", user="root")
-    assert sandbox.files.get_info("/root/file").owner == "root"
+    assert sandbox.files.get_info("/root/file", user="root").owner == "root"
+    with pytest.raises(SandboxException, match="user 'user' may not stat /root/file"):
+        sandbox.files.get_info("/root/file")
 
 
 def test_list_make_rename_remove(sandbox):
