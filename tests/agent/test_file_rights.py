@@ -151,6 +151,8 @@ def test_the_agents_own_descriptors_are_no_way_around(agent, guestd, home):
         assert download(agent, path).status_code in (400, 403), path
         assert upload(agent, path).status_code in (400, 403), path
     assert guestd.log.stat().st_size == size
+    for method in ("CreateWatcher", "ListDir"):
+        assert fs(agent, method, path="/proc/self/root/etc").status_code == 400, method
 
 
 def test_what_is_made_belongs_to_the_user(agent, home):

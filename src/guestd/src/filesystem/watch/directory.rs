@@ -12,6 +12,8 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use crate::filesystem::walk::open_directory_path;
+
 /// `f_type` of the file systems that report only what happens on this machine: NFS, CIFS, SMB, SMB2, FUSE (contract: envd.md section 3.4,
 /// statfs(2)).
 const NETWORK: [u32; 5] = [0x6969, 0xFF53_4D42, 0x517B, 0xFE53_4D42, 0x6573_5546];
@@ -52,7 +54,7 @@ impl Directory {
     /// # Errors
     /// Those of open(2); ENOTDIR when it is no directory.
     pub(super) fn root(path: &Path) -> io::Result<Self> {
-        Self::open(path, 0)
+        Self::held(open_directory_path(path)?.into())
     }
 
     /// # Errors
@@ -72,7 +74,10 @@ impl Directory {
     fn open(path: &Path, flags: i32) -> io::Result<Self> {
         // std adds O_CLOEXEC. O_NONBLOCK costs nothing here and keeps odd file systems from waiting.
         let flags = flags | libc::O_DIRECTORY | libc::O_NONBLOCK;
-        let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        Self::held(OpenOptions::new().read(true).custom_flags(flags).open(path)?)
+    }
+
+    fn held(file: File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let identity =
             Identity { device: metadata.dev(), inode: metadata.ino(), created: metadata.created().ok() };
