@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::{HeaderName, Method};
+use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::response::Response;
 use axum::{Router, middleware};
 use connectrpc::{ConnectRpcService, Limits};
 use guestd_idle::Policy;
@@ -25,6 +26,7 @@ use crate::filesystem::{self, Filesystem};
 use crate::freeze::{self, Freezer};
 use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
+use crate::legacy::Legacy;
 use crate::notice::{self, Notices};
 use crate::process::{ProcessService, Processes};
 use crate::settings::Settings;
@@ -132,13 +134,23 @@ fn build(config: &Config) -> Built {
     let router = system::routes(Arc::clone(&system))
         .merge(freeze::http::routes(Arc::clone(&freezer)))
         .merge(filesystem::routes(files))
-        .fallback_service(ConnectRpcService::new(rpc).with_limits(limits))
+        .fallback_service(Legacy::new(ConnectRpcService::new(rpc).with_limits(limits)))
+        .layer(middleware::map_response(unbuffered))
         .layer(middleware::from_fn_with_state(freezer, freeze::http::hold_back))
         .layer(middleware::from_fn_with_state(activity, activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
         .layer(cors());
     Built { router, access, connections, inhibition, system }
+}
+
+/// Asks proxies to pass each message of a stream on at once (contract: envd.md section 12).
+async fn unbuffered(mut answer: Response) -> Response {
+    let kind = answer.headers().get(header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/connect+")) {
+        answer.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+    }
+    answer
 }
 
 /// For SDKs in browsers. The headers that were asked for are named one by one: a `*` does not cover `Authorization` (Fetch standard).

@@ -13,6 +13,7 @@ pub mod freeze;
 pub mod identity;
 pub mod inhibit;
 pub mod init;
+pub mod legacy;
 pub mod mmds;
 pub mod notice;
 pub mod process;
