@@ -29,7 +29,7 @@ OFFSETS = {"Guestd-Output-Offset": "0"}
 
 # What the agent keeps of one process, and of all of them.
 LOG = 1 << 20
-LOGS = 16 << 20
+LOGS = 8 << 20
 
 
 def shell(script: str, **request) -> dict:
@@ -298,7 +298,7 @@ def test_a_flood_with_a_stalled_client_leaves_the_memory_flat(guestd, agent):
 
 @pytest.mark.takes(20)
 def test_logs_of_many_processes_stay_within_their_budget(guestd, agent):
-    """100 MiB of output that nobody has read, in processes that live on: the agent keeps 16 of it."""
+    """100 MiB of output that nobody has read, in processes that live on: the agent keeps 8 of it."""
     before = resident(guestd)
     pids = [detached(agent, f"head -c {LOG} /dev/zero; sleep 60") for _ in range(100)]
     wait_until(lambda: all(whole(agent, pid) == LOG for pid in pids), within=15, what="all was written")

@@ -36,7 +36,7 @@ const LOG_LIMIT: usize = 1024 * 1024;
 
 /// What the logs of all processes may take together, in bytes. A log that is empty takes one small chunk all the same, so that a process
 /// goes on when others hold everything.
-pub const TOTAL_LIMIT: usize = 16 * 1024 * 1024;
+pub const TOTAL_LIMIT: usize = 8 * 1024 * 1024;
 
 /// How long one client may hold up others.
 const PATIENCE: Duration = Duration::from_millis(10);

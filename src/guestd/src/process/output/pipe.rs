@@ -56,7 +56,7 @@ pub(in crate::process) async fn read_chunk(
 
 /// Lets a pipe that was found full hold more. Best effort: without privilege there is a limit for each user.
 pub(in crate::process) fn widen(pipe: &impl AsRawFd, found: usize) {
-    if found >= PIPE && found < LARGE {
+    if (PIPE..LARGE).contains(&found) {
         // SAFETY: an fcntl on a descriptor that the caller holds; no memory is involved.
         let _refused = unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, LARGE as libc::c_int) };
     }
