@@ -1,7 +1,7 @@
 //! Puts the capabilities together behind one router, and opens the doors.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use guestd_idle::Policy;
 use guestd_protocol::wire::activity::v1::ActivityExt;
 use guestd_protocol::wire::filesystem::FilesystemExt;
 use guestd_protocol::wire::process::ProcessExt;
-use guestd_protocol::{SERIAL_PORT_NAME, VSOCK_PORT};
+use guestd_protocol::{CODE_PORT, ENVD_PORT, SERIAL_PORT_NAME, VSOCK_PORT};
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
 use crate::access::{self, Access, Rules};
@@ -28,6 +28,7 @@ use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
 use crate::legacy::Legacy;
 use crate::notice::{self, Notices};
+use crate::ports::Ports;
 use crate::process::{ProcessService, Processes};
 use crate::settings::Settings;
 use crate::system::{self, System};
@@ -49,6 +50,8 @@ pub struct Config {
     pub unix: Option<PathBuf>,
     /// Listen on vsock and on the virtio-serial link where the machine has them.
     pub machine_links: bool,
+    /// Addresses whose ports lead to servers that listen on a loopback address only.
+    pub forward_to: Vec<IpAddr>,
     /// The agent of a machine or a container of its own, not an ordinary service on somebody's: it may name it.
     pub own_machine: bool,
     /// A kernel of its own: it may set the clock. A container's clock is its host's.
@@ -74,6 +77,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             tcp: Vec::new(),
+            forward_to: Vec::new(),
             unix: None,
             machine_links: false,
             own_machine: false,
@@ -94,6 +98,7 @@ struct Built {
     router: Router,
     access: Arc<Access>,
     connections: Connections,
+    activity: Arc<Activity>,
     inhibition: Arc<Inhibition>,
     system: Arc<System>,
 }
@@ -137,11 +142,11 @@ fn build(config: &Config) -> Built {
         .fallback_service(Legacy::new(ConnectRpcService::new(rpc).with_limits(limits)))
         .layer(middleware::map_response(unbuffered))
         .layer(middleware::from_fn_with_state(freezer, freeze::http::hold_back))
-        .layer(middleware::from_fn_with_state(activity, activity::middleware::hold))
+        .layer(middleware::from_fn_with_state(Arc::clone(&activity), activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
         .layer(cors());
-    Built { router, access, connections, inhibition, system }
+    Built { router, access, connections, activity, inhibition, system }
 }
 
 /// Asks proxies to pass each message of a stream on at once (contract: envd.md section 12).
@@ -169,7 +174,7 @@ fn cors() -> CorsLayer {
 /// # Errors
 /// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
 pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let Built { router, access, connections, inhibition, system } = build(&config);
+    let Built { router, access, connections, activity, inhibition, system } = build(&config);
     let doors = Doors::new(router, access, connections);
     for address in &config.tcp {
         let listener = doors::bind_tcp(*address)?;
@@ -198,6 +203,19 @@ pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result
         }
     }
     system.start();
+    forward_ports(&config, &activity);
     stop.await;
     Ok(())
+}
+
+/// A machine that cannot forward is served all the same: hostd's tunnels reach every port.
+fn forward_ports(config: &Config, activity: &Arc<Activity>) {
+    if config.forward_to.is_empty() {
+        return;
+    }
+    let own: Vec<u16> = config.tcp.iter().map(SocketAddr::port).chain([ENVD_PORT, CODE_PORT]).collect();
+    match Ports::arm(&config.forward_to, &own, activity) {
+        Ok(ports) => drop(tokio::spawn(ports.run())),
+        Err(error) => tracing::warn!(%error, "ports on loopback addresses are not forwarded"),
+    }
 }

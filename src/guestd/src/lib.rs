@@ -16,6 +16,7 @@ pub mod init;
 pub mod legacy;
 pub mod mmds;
 pub mod notice;
+pub mod ports;
 pub mod process;
 pub mod settings;
 pub mod system;

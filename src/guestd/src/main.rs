@@ -11,6 +11,7 @@ use guestd::agent::{self, Config};
 use guestd::cgroup::Choice;
 use guestd::init::{self, Place};
 use guestd::mmds;
+use guestd::ports;
 use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -18,7 +19,8 @@ const USAGE: &str = "\
 guestd: the agent inside every microVM
 
 usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH] [--machine]
-                    [--insecure-open] [--mmds[=ADDRESS:PORT]] [--cgroup-root PATH | --no-cgroups] [--root PATH]
+                    [--insecure-open] [--forward-to ADDRESS]... [--mmds[=ADDRESS:PORT]]
+                    [--cgroup-root PATH | --no-cgroups] [--root PATH]
        guestd busy [--why TEXT] [--ttl DURATION] [-- COMMAND]
        guestd idle [--json]
        guestd --version
@@ -33,6 +35,9 @@ usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket
                  from its links and from root only
   --insecure-open
                  serve the network even while no access token is set
+  --forward-to ADDRESS
+                 make servers that listen on a loopback address only reachable on this one, at their ports;
+                 repeatable; needs root and a kernel with BPF (5.9)
   --mmds         ask Firecracker's metadata service who this machine is (169.254.169.254:80)
   --cgroup-root PATH
                  make the control groups of commands in this folder of a cgroup v2 file system, and freeze
@@ -64,6 +69,10 @@ fn main() -> ExitCode {
                 tcp: vec![SocketAddr::new(any, ENVD_PORT)],
                 unix,
                 machine_links: machine,
+                forward_to: Some(ports::MACHINE_ADDRESS)
+                    .filter(|address| machine && ports::is_ours(*address))
+                    .into_iter()
+                    .collect(),
                 own_machine: true,
                 own_kernel: machine,
                 insecure_open: given("guestd.insecure_open") || open_container,
@@ -121,6 +130,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
                 config.cgroup_root = PathBuf::from(arguments.value()?);
                 cgroups = Choice::At(config.cgroup_root.clone());
             }
+            Long("forward-to") => config.forward_to.push(arguments.value()?.parse()?),
             Long("no-cgroups") => cgroups = Choice::Off,
             Long("root") => config.root = PathBuf::from(arguments.value()?),
             other => return Err(other.unexpected()),

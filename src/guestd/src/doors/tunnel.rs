@@ -1,8 +1,5 @@
 //! `CONNECT 127.0.0.1:<port>`: a byte stream to any TCP port inside the guest, for the host alone (DESIGN.md section 3).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
-
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use guestd_protocol::CONTROL_HEADER;
@@ -10,14 +7,11 @@ use guestd_protocol::errors::PORT_CLOSED_MESSAGE;
 use hyper::body::Incoming;
 use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
 use super::Connection;
 use crate::access::middleware::unauthorized;
 use crate::access::{Access, Refusal};
-
-/// A listener on this machine answers at once or not at all.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::ports;
 
 /// Answers a `CONNECT`: 200 and a tunnel, 401, 400 for an address that is not this machine, 502 when nothing listens.
 pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Response {
@@ -30,7 +24,7 @@ pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Respons
     let Some(port) = loopback_port(request.uri()) else {
         return (StatusCode::BAD_REQUEST, "CONNECT takes 127.0.0.1:<port>").into_response();
     };
-    let Some(target) = dial(port).await else {
+    let Some(target) = ports::dial(port).await else {
         return (StatusCode::BAD_GATEWAY, PORT_CLOSED_MESSAGE).into_response();
     };
     let connection = request.extensions().get::<Connection>().cloned();
@@ -55,21 +49,6 @@ pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Respons
         }
     });
     Response::new(Body::empty())
-}
-
-/// Tries IPv4 and then IPv6: a server may listen on either loopback address.
-async fn dial(port: u16) -> Option<TcpStream> {
-    for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
-        let dialled =
-            tokio::time::timeout(DIAL_TIMEOUT, TcpStream::connect(SocketAddr::new(address, port))).await;
-        if let Ok(Ok(stream)) = dialled {
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "no TCP_NODELAY");
-            }
-            return Some(stream);
-        }
-    }
-    None
 }
 
 fn loopback_port(uri: &Uri) -> Option<u16> {
