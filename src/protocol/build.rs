@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["process.proto", "filesystem.proto", "activity.proto"];
+    let files = ["process.proto", "filesystem.proto", "activity.proto", "logs.proto"];
     let descriptors = protox::compile(files, ["proto"])?;
     let path = PathBuf::from(std::env::var("OUT_DIR")?).join("descriptors.bin");
     std::fs::write(&path, protox::prost::Message::encode_to_vec(&descriptors))?;

@@ -13,6 +13,7 @@ use connectrpc::{ConnectRpcService, Limits};
 use guestd_idle::Policy;
 use guestd_protocol::wire::activity::v1::ActivityExt;
 use guestd_protocol::wire::filesystem::FilesystemExt;
+use guestd_protocol::wire::logs::v1::LogsExt;
 use guestd_protocol::wire::process::ProcessExt;
 use guestd_protocol::{CODE_PORT, ENVD_PORT, SERIAL_PORT_NAME, VSOCK_PORT};
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
@@ -27,6 +28,7 @@ use crate::freeze::{self, Freezer};
 use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
 use crate::legacy::Legacy;
+use crate::logs::{self, LogService, Logs};
 use crate::notice::{self, Notices};
 use crate::ports::Ports;
 use crate::process::{ProcessService, Processes};
@@ -104,7 +106,7 @@ struct Built {
 }
 
 /// The capabilities and the router in front of them.
-fn build(config: &Config) -> Built {
+fn build(config: &Config, logs: Arc<Logs>) -> Built {
     let accounts = Arc::new(Accounts::new(Path::new("/")));
     let settings = Arc::new(Settings::new(config.own_machine));
     let rules = Rules { insecure_open: config.insecure_open, own_machine: config.own_machine };
@@ -132,6 +134,7 @@ fn build(config: &Config) -> Built {
     let rpc = Arc::clone(&files).register(rpc);
     let service = ActivityService::new(Arc::clone(&activity), Arc::clone(&inhibition), notices);
     let rpc = Arc::new(service).register(rpc);
+    let rpc = Arc::new(LogService::new(logs)).register(rpc);
     let limits =
         Limits::default().with_max_message_size(MESSAGE_LIMIT).with_max_request_body_size(MESSAGE_LIMIT);
 
@@ -145,7 +148,8 @@ fn build(config: &Config) -> Built {
         .layer(middleware::from_fn_with_state(Arc::clone(&activity), activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
-        .layer(cors());
+        .layer(cors())
+        .layer(middleware::from_fn(logs::middleware::tell_failures));
     Built { router, access, connections, activity, inhibition, system }
 }
 
@@ -173,8 +177,8 @@ fn cors() -> CorsLayer {
 ///
 /// # Errors
 /// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
-pub async fn serve(config: Config, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let Built { router, access, connections, activity, inhibition, system } = build(&config);
+pub async fn serve(config: Config, logs: Arc<Logs>, stop: impl Future<Output = ()>) -> io::Result<()> {
+    let Built { router, access, connections, activity, inhibition, system } = build(&config, logs);
     let doors = Doors::new(router, access, connections);
     for address in &config.tcp {
         let listener = doors::bind_tcp(*address)?;

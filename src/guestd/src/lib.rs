@@ -14,6 +14,7 @@ pub mod identity;
 pub mod inhibit;
 pub mod init;
 pub mod legacy;
+pub mod logs;
 pub mod mmds;
 pub mod notice;
 pub mod ports;

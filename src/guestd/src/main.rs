@@ -10,10 +10,15 @@ use std::process::ExitCode;
 use guestd::agent::{self, Config};
 use guestd::cgroup::Choice;
 use guestd::init::{self, Place};
+use guestd::logs::{self, Logs};
 use guestd::mmds;
 use guestd::ports;
 use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 const USAGE: &str = "\
 guestd: the agent inside every microVM
@@ -144,12 +149,13 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
 
 /// Runs the agent to its end; the result is its exit code.
 fn run(config: Config) -> i32 {
-    tracing_subscriber::fmt()
+    let logs = Logs::new();
+    let console = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(false)
-        .with_max_level(tracing::Level::INFO)
-        .init();
+        .with_filter(filter_fn(|line| line.target() != logs::EACH_CALL));
+    tracing_subscriber::registry().with(console).with(logs::layer(&logs)).with(LevelFilter::INFO).init();
     // One thread: an agent that is idle most of its life should be small, and its work waits for pipes and sockets.
     let runtime =
         match tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(32).build() {
@@ -159,7 +165,7 @@ fn run(config: Config) -> i32 {
                 return 1;
             }
         };
-    match runtime.block_on(agent::serve(config, terminated())) {
+    match runtime.block_on(agent::serve(config, logs, terminated())) {
         Ok(()) => init::EXIT_POWER_OFF,
         Err(error) => {
             tracing::error!(%error, "guestd cannot serve");

@@ -1,6 +1,6 @@
 //! What goes over the wire between SDKs, hostd and guestd. No I/O.
 //!
-//! - [`wire`]: the protobuf services `process.Process`, `filesystem.Filesystem` and `activity.v1.Activity`, generated from `proto/`.
+//! - [`wire`]: the protobuf services `process.Process`, `filesystem.Filesystem`, `activity.v1.Activity` and `logs.v1.Logs`, generated from `proto/`.
 //! - [`routes`]: every path that guestd serves, who may call it, and what it means for idleness: one table for both sides.
 //! - [`init`]: the body of `POST /init`.
 //! - [`link`]: how a byte stream from host to guest begins.

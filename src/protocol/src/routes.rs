@@ -101,6 +101,7 @@ pub const ROUTES: &[Route] = &[
     host_only("/activity.v1.Activity/AbortRelease"),
     host_only("/activity.v1.Activity/Explain"),
     host_only("/activity.v1.Activity/Notify"),
+    host_only("/logs.v1.Logs/Follow"),
 ];
 
 /// The route of a path as it stands in the request line.

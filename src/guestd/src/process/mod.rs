@@ -32,6 +32,7 @@ use tokio::time::Instant;
 
 use crate::activity::{Activity, HoldGuard};
 use crate::cgroup::{self, Cgroups, Group, GroupError, Limits};
+use crate::logs::EACH_CALL;
 
 use exit::Kill;
 use input::Input;
@@ -296,10 +297,14 @@ impl Processes {
                     group.remove_when_empty();
                 }
                 let terminal = spec.terminal.is_some();
+                let (command, user) = (spec.name(), &spec.user.name);
+                tracing::warn!(command, user, error = %source, "a process was not started");
                 return Err(ProcessError::Spawn { command: spec.command_line(), terminal, source });
             }
         };
         hold.name_process(pid);
+        let (tag, user, command) = (spec.tag.as_deref(), &spec.user.name, spec.name());
+        tracing::info!(target: EACH_CALL, pid, tag, user, command, "process started");
         let terminal = match &sources {
             spawn::Sources::Terminal(terminal) => Some(Arc::clone(terminal)),
             spawn::Sources::Pipes { .. } => None,

@@ -126,6 +126,8 @@ pub(super) async fn run(
         record.held_by = tokio::task::spawn_blocking(move || holders::find(&links)).await.unwrap_or_default();
         tracing::debug!(pid = process.pid, holders = ?record.held_by, "an output outlives its command");
     }
+    let (pid, tag, cause) = (process.pid, process.spec.tag.as_deref(), record.cause.name());
+    tracing::info!(target: crate::logs::EACH_CALL, pid, tag, how = %ended.status, cause, "process ended");
     // First out of the table, then the news: a client that saw the end does not find it in a list.
     processes.retire(&process);
     let timed_out = kill == Some(Kill::Timeout);

@@ -112,6 +112,11 @@ impl Spec {
         })
     }
 
+    /// The file name of the executable, for logs: arguments may hold secrets.
+    pub fn name(&self) -> &str {
+        self.config.cmd.rsplit('/').next().unwrap_or_default()
+    }
+
     /// The command as one line, for people.
     pub fn command_line(&self) -> String {
         std::iter::once(&self.config.cmd)

@@ -64,6 +64,15 @@ pub enum Status {
     Signalled { signal: i32, core_dumped: bool },
 }
 
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "exit status {code}"),
+            Self::Signalled { signal, .. } => write!(f, "signal {signal}"),
+        }
+    }
+}
+
 /// What a client sees, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

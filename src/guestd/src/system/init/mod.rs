@@ -217,6 +217,7 @@ impl System {
 
     /// Sets everything but the credentials. The order is the contract's; what fails leaves what was set before.
     async fn apply(&self, asked: Asked, lifecycle: Option<String>) -> Result<(), String> {
+        tracing::info!(target: crate::logs::EACH_CALL, fields = fields_of(&asked.body), "init applied");
         let Asked { events, bundle, volumes, entropy, policy, limits, body, .. } = asked;
         let InitRequest {
             env_vars,
@@ -297,6 +298,16 @@ impl History {
             self.lifecycle = Some(lifecycle.to_owned());
         }
         restored
+    }
+}
+
+/// The names of what was sent, for the log. The values are credentials and people's secrets.
+fn fields_of(request: &InitRequest) -> String {
+    match serde_json::to_value(request) {
+        Ok(serde_json::Value::Object(fields)) => {
+            fields.keys().map(String::as_str).collect::<Vec<_>>().join(" ")
+        }
+        _ => String::new(),
     }
 }
 
