@@ -25,6 +25,8 @@ pub enum Command {
     /// Idleness: try a policy on what happened.
     #[command(subcommand)]
     Idle(Idle),
+    /// Print what a sandbox's agent said, alive or within an hour after its end.
+    Logs(Logs),
     /// The process around one sandbox; started by `serve`.
     #[command(hide = true)]
     Guard,
@@ -67,6 +69,27 @@ pub struct Replay {
     #[arg(long)]
     pub idle_timeout: Option<u64>,
     /// Print one JSON object for each trace.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The sandbox's id.
+    pub id: String,
+    /// Go on as lines come, until the sandbox ends.
+    #[arg(long, short)]
+    pub follow: bool,
+    /// What the machine's console said instead, which tells no times.
+    #[arg(long)]
+    pub console: bool,
+    /// Where the supervisor's API listens.
+    #[arg(long, default_value = "http://127.0.0.1:3000", env = "HOSTD_API_URL")]
+    pub api: String,
+    /// The API key, if the supervisor asks for one.
+    #[arg(long, env = "HOSTD_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Print JSON, a line each.
     #[arg(long)]
     pub json: bool,
 }

@@ -23,7 +23,8 @@ const CLEAR: &str = "\x1b[H\x1b[2J";
 pub async fn run(command: &Explain) -> Result<()> {
     let mut out = std::io::stdout();
     loop {
-        let body = ask(command).await?;
+        let path = format!("/sandboxes/{}/idle", command.id);
+        let body = ask(&command.api, command.api_key.as_deref(), &path).await?;
         if command.json {
             out.write_all(&body)?;
             writeln!(out)?;
@@ -42,22 +43,27 @@ pub async fn run(command: &Explain) -> Result<()> {
     }
 }
 
-async fn ask(command: &Explain) -> Result<Bytes> {
-    let uri: hyper::Uri = format!("{}/sandboxes/{}/idle", command.api.trim_end_matches('/'), command.id)
+/// `GET`s a path of a running supervisor's API.
+///
+/// # Errors
+/// When the supervisor cannot be reached, or its words when it refuses.
+pub async fn ask(api: &str, api_key: Option<&str>, path: &str) -> Result<Bytes> {
+    let uri: hyper::Uri = format!("{}{path}", api.trim_end_matches('/'))
         .parse()
-        .with_context(|| format!("--api {}: not a URL", command.api))?;
+        .with_context(|| format!("--api {api}: not a URL"))?;
     let authority = uri.authority().context("--api: no host")?.as_str().to_owned();
     let address: std::net::SocketAddr = authority
         .replace("localhost", "127.0.0.1")
         .parse()
-        .with_context(|| format!("--api {}: give an IP address and a port", command.api))?;
+        .with_context(|| format!("--api {api}: give an IP address and a port"))?;
     let stream = tokio::net::TcpStream::connect(address)
         .await
-        .with_context(|| format!("no hostd answers at {}", command.api))?;
+        .with_context(|| format!("no hostd answers at {api}"))?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driving = tokio::spawn(connection);
-    let mut request = Request::get(uri.path()).header("host", authority);
-    if let Some(key) = &command.api_key {
+    let mut request =
+        Request::get(uri.path_and_query().map_or("/", |path| path.as_str())).header("host", authority);
+    if let Some(key) = api_key {
         request = request.header("x-api-key", key);
     }
     let response = sender.send_request(request.body(Body::empty())?).await?;

@@ -8,6 +8,8 @@ mod ids;
 mod lifetime;
 mod link;
 mod listen;
+mod logs;
+mod logs_command;
 mod metrics;
 mod proxy;
 mod runtime;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
             server::serve(*config).await
         }),
         Command::Idle(config::Idle::Replay(command)) => trace::command::run(&command),
+        Command::Logs(command) => with_runtime(async move { logs_command::run(&command).await }),
         Command::Explain(command) => with_runtime(async move { explain_command::run(&command).await }),
     };
     match result {

@@ -5,6 +5,7 @@
 
 mod admin;
 mod error;
+pub mod logs;
 mod query;
 mod sandboxes;
 mod shapes;
@@ -50,6 +51,8 @@ pub fn router(api: Api) -> Router {
         .route("/sandboxes/{id}/snapshots", post(sandboxes::unsupported))
         .route("/sandboxes/{id}/fork", post(sandboxes::unsupported))
         .route("/sandboxes/{id}/metrics", get(query::metrics))
+        .route("/sandboxes/{id}/logs", get(logs::v1))
+        .route("/v2/sandboxes/{id}/logs", get(logs::v2))
         .route("/sandboxes/{id}/idle", get(admin::explain))
         .route("/tombstones", get(admin::tombstones))
         .route("/metrics", get(admin::metrics))

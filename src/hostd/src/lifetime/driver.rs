@@ -11,6 +11,7 @@ use guestd_protocol::wire::activity::v1 as wire;
 
 use super::{Sandbox, Sandboxes, explain};
 use crate::clock;
+use crate::logs;
 use crate::store::Tombstone;
 use crate::trace::{Event, GuestHold};
 
@@ -43,8 +44,12 @@ type PendingAnswer = Pin<Box<dyn Future<Output = Answer> + Send>>;
 /// Drives a sandbox to its end and removes it.
 pub(super) async fn drive(sandboxes: &Arc<Sandboxes>, sandbox: &Arc<Sandbox>) {
     let watching = tokio::spawn(watch(Arc::clone(sandbox)));
+    let logged = Arc::clone(sandbox);
+    let following =
+        tokio::spawn(async move { logs::follow::follow(&logged.record.id, &logged.link, &logged.log).await });
     let (reason, released) = live(sandboxes, sandbox).await;
     watching.abort();
+    following.abort();
     end(sandboxes, sandbox, reason, released).await;
 }
 
@@ -225,6 +230,7 @@ async fn end(sandboxes: &Sandboxes, sandbox: &Sandbox, reason: EndReason, releas
     let id = &sandbox.record.id;
     let detail = (reason == EndReason::Crashed).then(|| sandbox.machine.last_words());
     let tombstone = Arc::new(tombstone(sandbox, reason, detail));
+    sandboxes.ended_logs.close(id, &sandbox.log, reason, sandbox.console(logs::CONSOLE_SHOWN));
     sandboxes.bury(&tombstone);
     sandboxes.metrics.ended(reason);
     sandbox.trace(|| Event::Ended { reason: reason.name().to_owned() });

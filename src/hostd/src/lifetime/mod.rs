@@ -22,6 +22,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::clock;
 use crate::link::Link;
+use crate::logs::{Ended, SandboxLog};
 use crate::metrics::Metrics;
 use crate::runtime::{Images, Machine, Runtime, Size};
 use crate::store::{Record, Store, Tombstone};
@@ -39,6 +40,7 @@ const BURIAL_LIMIT: Duration = Duration::from_secs(10);
 pub struct Sandbox {
     pub record: Record,
     pub link: Link,
+    pub log: Arc<SandboxLog>,
     machine: Machine,
     lifetime: Mutex<Lifetime>,
     /// The agent's newest report and when it came, for the explain view.
@@ -65,6 +67,7 @@ impl Sandbox {
         Arc::new(Self {
             record,
             link,
+            log: Arc::default(),
             machine,
             lifetime: Mutex::new(lifetime),
             report: Mutex::default(),
@@ -129,6 +132,11 @@ impl Sandbox {
             millis(lifetime.terms().end.since(lifetime.terms().started))
         };
         self.trace(|| Event::End { end_ms });
+    }
+
+    /// The end of what its console said, at most so many bytes. Reads a file.
+    pub fn console(&self, limit: usize) -> Option<String> {
+        self.machine.console(limit)
     }
 
     /// Resolves when the sandbox is over.
@@ -226,6 +234,7 @@ pub struct Sandboxes {
     pub setup: Setup,
     pub store: Store,
     pub metrics: Metrics,
+    pub ended_logs: Ended,
     table: RwLock<Table>,
     /// Boots under way: more at once than processors only make each slower.
     boots: Semaphore,
@@ -243,6 +252,7 @@ impl Sandboxes {
             closing: AtomicBool::new(false),
             boots: Semaphore::new(boots),
             table: RwLock::default(),
+            ended_logs: Ended::default(),
             setup,
             store,
             metrics,
@@ -367,6 +377,7 @@ impl Sandboxes {
     pub async fn expire_tombstones(&self) {
         let life = i64::try_from(TOMBSTONE_LIFE.as_millis()).unwrap_or(i64::MAX);
         let before = clock::wall_ms().saturating_sub(life);
+        self.ended_logs.expire(before);
         self.write().gone.retain(|_, tombstone| tombstone.ended_wall_ms >= before);
         if let Err(error) = self.store.expire(before).await {
             tracing::error!(%error, "old tombstones stay in the store");

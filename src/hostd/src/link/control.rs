@@ -94,12 +94,18 @@ impl Link {
         Ok(serde_json::from_slice(&body.to_bytes()).map_err(io::Error::other)?)
     }
 
-    fn activity(&self) -> ActivityClient<ServiceTransport<Through>> {
+    /// What a generated client of an agent's service is made of.
+    pub fn client(&self) -> (ServiceTransport<Through>, ClientConfig) {
         let config = ClientConfig::new(Uri::from_static("http://guest"))
             .proto()
             .with_default_header(CONTROL_HEADER, self.control_header())
             .with_default_max_message_size(ANSWER_LIMIT);
-        ActivityClient::new(ServiceTransport::new(Through(self.clone())), config)
+        (ServiceTransport::new(Through(self.clone())), config)
+    }
+
+    fn activity(&self) -> ActivityClient<ServiceTransport<Through>> {
+        let (transport, config) = self.client();
+        ActivityClient::new(transport, config)
     }
 
     /// # Errors

@@ -1,7 +1,7 @@
 //! hostd's hold on one running sandbox: its guard.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -174,6 +174,16 @@ impl Machine {
         }
     }
 
+    /// The end of what the console said, at most so many bytes.
+    pub fn console(&self, limit: usize) -> Option<String> {
+        let mut file = fs::File::open(self.placement.folder.join(CONSOLE_FILE)).ok()?;
+        let start = file.metadata().ok()?.len().saturating_sub(limit as u64);
+        file.seek(io::SeekFrom::Start(start)).ok()?;
+        let mut text = Vec::new();
+        file.take(limit as u64).read_to_end(&mut text).ok()?;
+        Some(String::from_utf8_lossy(&text).replace(['\r', '\x1b'], ""))
+    }
+
     /// What the guard says of the end, and the console's last words.
     pub fn last_words(&self) -> String {
         let folder = &self.placement.folder;
@@ -185,19 +195,13 @@ impl Machine {
             None if alive => "its machine still ran".to_owned(),
             None => "its guard was killed".to_owned(),
         };
-        match tail(&folder.join(CONSOLE_FILE)) {
+        match self.console(CONSOLE_TAIL) {
             Some(console) if !console.trim().is_empty() => {
                 format!("{end}; its console said: {}", console.trim())
             }
             _ => end,
         }
     }
-}
-
-fn tail(path: &Path) -> Option<String> {
-    let text = fs::read(path).ok()?;
-    let start = text.len().saturating_sub(CONSOLE_TAIL);
-    Some(String::from_utf8_lossy(&text[start..]).replace(['\r', '\x1b'], ""))
 }
 
 fn open_pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
