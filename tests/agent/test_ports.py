@@ -17,6 +17,7 @@ from harness import locations
 from harness.processes import wait_until
 
 INSIDE, OUTSIDE = "169.254.0.21", "169.254.0.22"
+INSIDE6, OUTSIDE6 = "fd00::21", "fd00::22"
 PORT = 8000
 
 # Answers each connection with what it sent up to its end, after who it was.
@@ -52,8 +53,11 @@ class Wire:
         for name in self.names:
             self.ip("netns", "add", name)
         self.ip("link", "add", "name", "wire0", "netns", self.inside, "type", "veth", "peer", "name", "wire1", "netns", self.outside)
-        for name, device, address in zip(self.names, ("wire0", "wire1"), (INSIDE, OUTSIDE)):
-            self.ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+        for name, device, *addresses in zip(self.names, ("wire0", "wire1"), (INSIDE, OUTSIDE), (INSIDE6, OUTSIDE6)):
+            for address, length in zip(addresses, (24, 64)):
+                # A new IPv6 address is otherwise tried out for a second.
+                now = ["nodad"] if ":" in address else []
+                self.ip("-n", name, "addr", "add", f"{address}/{length}", "dev", device, *now)
             for each in ("lo", device):
                 self.ip("-n", name, "link", "set", each, "up")
 
@@ -69,7 +73,7 @@ class Wire:
         command = [sys.executable, "-c", script, *arguments]
         return self.popen(name, *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, message: str, port: int = PORT) -> str | None:
+    def ask(self, message: str, port: int = PORT, address: str = INSIDE) -> str | None:
         """What the server answers to a client outside; None when the connection was refused or reset."""
         script = """
             import sys
@@ -84,7 +88,7 @@ class Wire:
             except ConnectionError:
                 sys.exit(7)
         """
-        client = self.python(self.outside, script, INSIDE, str(port), message)
+        client = self.python(self.outside, script, address, str(port), message)
         said, _ = client.communicate(timeout=15)
         assert client.returncode in (0, 7)
         return said.strip() if client.returncode == 0 else None
@@ -117,7 +121,7 @@ def wire():
 def agent_in(wire, tmp_path):
     """guestd in the inner namespace; its pid."""
     log = tmp_path / "stderr"
-    command = [str(locations.guestd()), "serve", "--forward-to", INSIDE]
+    command = [str(locations.guestd()), "serve", "--forward-to", INSIDE, "--forward-to", INSIDE6]
     with open(log, "wb") as file:
         agent = wire.popen(wire.inside, *command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
@@ -135,6 +139,7 @@ def agent_in(wire, tmp_path):
 def test_a_server_on_a_loopback_address_is_reached(wire, agent_in, address):
     with wire.serving(address):
         told = wait_until(lambda: wire.ask("hello"), within=5, what="the server is reached")
+        assert wire.ask("hello", address=INSIDE6) == told
         assert told.split() == [address.replace("localhost", "127.0.0.1").replace("127.0.0.53", "127.0.0.1"), "hello"]
     # Its own answer again: refused, not accepted and dropped.
     wait_until(lambda: wire.ask("gone?") is None, within=5, what="the port is closed")

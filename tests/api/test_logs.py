@@ -7,10 +7,11 @@ import subprocess
 import time
 from datetime import datetime
 
+import httpx
 import pytest
 
 from harness import locations, processes
-from harness.connect import call, open_stream, process, start
+from harness.connect import Stream, call, open_stream, process, start
 from harness.processes import wait_until
 
 
@@ -86,7 +87,8 @@ def test_what_is_secret_is_in_no_log(hostd):
             client,
             "process.Process/Start",
             {"process": process("/bin/bash", "-c", "read line; echo hush-output; : hush-argument", **config), "stdin": True},
-        ) as stream:
+        ) as response:
+            stream = Stream(response)
             pid = stream.until("start")["pid"]
             data = {"process": {"pid": pid}, "input": {"stdin": "aHVzaC1pbnB1dAo="}}
             assert call(client, "process.Process/SendInput", data).status_code == 200
@@ -135,6 +137,23 @@ def test_the_log_of_a_crashed_guest_shows_its_last_lines_and_its_console(hostd):
     assert said(supervisor, sandbox_id, "process ended", tag="before")
     assert said(supervisor, sandbox_id, "the machine is on fire", source="console")
     assert lines(supervisor, sandbox_id, level="error")[-1]["fields"] == {"reason": "crashed"}
+
+
+@pytest.mark.vms(1)
+def test_the_log_of_a_microvm_whose_kernel_panicked_shows_the_panic(machines):
+    created = machines.create()
+    sandbox_id = created["sandboxID"]
+    with machines.plane(created) as client:
+        start(client, "/bin/true", tag="before")
+        until_said(machines, sandbox_id, "process ended", tag="before")
+        root = {"Authorization": "Basic cm9vdDo="}
+        panic = process("/bin/sh", "-c", "echo c > /proc/sysrq-trigger")
+        with pytest.raises(httpx.TransportError), open_stream(client, "process.Process/Start", {"process": panic}, root) as response:
+            response.read()
+    _, tombstone = machines.wait_until_ended(sandbox_id, within=20)
+    assert tombstone["reason"] == "crashed"
+    assert said(machines, sandbox_id, "process ended", tag="before")
+    assert any("panic" in line["message"] for line in lines(machines, sandbox_id) if line["fields"].get("source") == "console")
 
 
 @pytest.mark.takes(20)
