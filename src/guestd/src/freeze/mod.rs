@@ -108,7 +108,7 @@ struct State {
     mode: Mode,
     disk: bool,
     watchdog: Option<AbortHandle>,
-    /// A thaw has been asked for since the agent started: what an agent before this one left frozen was looked for.
+    /// This agent has frozen or thawed: what an agent before it left frozen was seen to.
     inherited_thawed: bool,
 }
 
@@ -165,6 +165,8 @@ impl Freezer {
             let (outcome, ours) = swept.unwrap_or_default();
             state.mode = request.mode;
             state.ours = ours;
+            // What was frozen before has been seen: it is the guest's, and stays.
+            state.inherited_thawed = true;
             freezer.watch(&mut state);
             outcome
         });

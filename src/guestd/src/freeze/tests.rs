@@ -59,6 +59,7 @@ async fn what_the_guest_froze_itself_stays_frozen_after_the_thaw_even_after_two_
     }
     assert!(!fake.is_frozen("init.scope"));
     freezer.thaw().await.unwrap();
+    freezer.thaw().await.unwrap();
     assert!(fake.is_frozen("docker"));
     assert!(!fake.is_frozen("user") && !fake.is_frozen("ptys"));
 }
@@ -131,6 +132,16 @@ async fn an_agent_that_was_started_again_thaws_what_the_last_one_left() {
     fake.set("user", "1");
     freezer.resume(freezer.generation(), true).await.unwrap();
     assert!(fake.is_frozen("user"), "only the first time");
+}
+
+#[tokio::test]
+async fn a_workload_that_the_guest_froze_itself_is_not_taken_for_an_earlier_agents() {
+    let fake = Fake::new(&["user", "ptys"]);
+    fake.set("user", "1");
+    let freezer = fake.freezer();
+    assert_eq!(freezer.freeze(waiting(Mode::Legacy)).await.unwrap().pre_frozen, 1);
+    freezer.thaw().await.unwrap();
+    assert!(fake.is_frozen("user") && !fake.is_frozen("ptys"));
 }
 
 #[tokio::test]

@@ -10,9 +10,6 @@ use super::generation::Generations;
 use super::{System, entropy};
 use crate::doors::Connection;
 
-/// A pause after an error that should not happen, so that the watch does not spin.
-const ERROR_PAUSE: Duration = Duration::from_secs(60);
-
 impl System {
     /// Cuts all connections but the one that brought the news, and renews what a clone must not share.
     pub(super) fn begin_new_life(&self, messenger: Option<&Connection>) {
@@ -62,8 +59,7 @@ pub(super) fn watch(system: Arc<System>) {
             match generations.changed().await {
                 Ok(()) => system.begin_new_life(None),
                 Err(error) => {
-                    tracing::warn!(%error, "the generation id could not be watched");
-                    tokio::time::sleep(ERROR_PAUSE).await;
+                    return tracing::warn!(%error, "a restored snapshot is noticed at the next /init only");
                 }
             }
         }
