@@ -128,6 +128,16 @@ def test_a_refused_upload_that_is_too_long_to_be_read_says_that_the_connection_e
     assert not (tmp_path / "never").exists()
 
 
+def test_a_browsers_preflight_needs_no_token(secured):
+    headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": "authorization,x-access-token"}
+    answer = secured.options("/process.Process/Start", headers=headers)
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert "x-access-token" in answer.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-max-age"] == "7200"
+
+
 # --- where a caller comes from ---
 
 

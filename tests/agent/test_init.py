@@ -221,6 +221,25 @@ def test_another_lifecycle_cuts_stale_connections_and_commands_live_on(guestd):
         assert joined and joined[0].stdout == b"again\n"
 
 
+def test_a_restore_recounts_what_holds_the_machine(guestd):
+    """A client that is gone with the snapshot does not keep its clone in use."""
+    control = {"X-Guestd-Control": "host"}
+    with guestd.client() as host, guestd.client() as stale:
+
+        def holds() -> tuple[int, list[str]]:
+            report = call(host, "activity.v1.Activity/Get", headers=control).json()
+            return report.get("counting", 0), [hold["class"] for hold in report.get("holds", [])]
+
+        host.post("/init", json={"lifecycleID": "first"}, headers=control)
+        with open_stream(stale, "process.Process/Start", {"process": process("/bin/sleep", "60"), "tag": "s"}) as response:
+            stream = Stream(response)
+            stream.until("start")
+            assert holds() == (1, ["command"])
+            host.post("/init", json={"lifecycleID": "second"}, headers=control)
+            wait_for(lambda: holds() == (0, ["detached"]))
+        call(host, "process.Process/SendSignal", {"process": {"tag": "s"}, "signal": "SIGNAL_SIGKILL"})
+
+
 def test_a_restore_cuts_tunnels(guestd):
     """What was tunnelled through a connection ends with it."""
     control = {"X-Guestd-Control": "host"}

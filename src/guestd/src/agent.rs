@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::extract::Request;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::Response;
 use axum::{Router, middleware};
 use connectrpc::{ConnectRpcService, Limits};
@@ -149,6 +151,7 @@ fn build(config: &Config, logs: Arc<Logs>) -> Built {
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
         .layer(cors())
+        .layer(middleware::from_fn(answer_preflight))
         .layer(middleware::from_fn(logs::middleware::tell_failures));
     Built { router, access, connections, activity, inhibition, system }
 }
@@ -162,9 +165,26 @@ async fn unbuffered(mut answer: Response) -> Response {
     answer
 }
 
+/// A preflight's answer has no content (contract: envd.md section 4.1); the CORS layer answers each OPTIONS itself, with a 200.
+async fn answer_preflight(request: Request, next: Next) -> Response {
+    let is_preflight = request.method() == Method::OPTIONS;
+    let mut response = next.run(request).await;
+    if is_preflight && response.status() == StatusCode::OK {
+        *response.status_mut() = StatusCode::NO_CONTENT;
+    }
+    response
+}
+
 /// For SDKs in browsers. The headers that were asked for are named one by one: a `*` does not cover `Authorization` (Fetch standard).
 fn cors() -> CorsLayer {
-    let exposed = ["location", "cache-control", "x-content-type-options", "grpc-status", "grpc-message"];
+    let exposed = [
+        "location",
+        "cache-control",
+        "x-content-type-options",
+        "grpc-status",
+        "grpc-message",
+        "grpc-status-details-bin",
+    ];
     CorsLayer::new()
         .allow_origin(Any)
         .allow_methods([Method::HEAD, Method::GET, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])

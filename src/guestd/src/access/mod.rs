@@ -150,6 +150,11 @@ impl Access {
         }
     }
 
+    /// Whether a control credential is set: from then on nothing but that decides on an `/init`.
+    pub fn has_host(&self) -> bool {
+        self.read().control.is_some()
+    }
+
     /// Whether an `/init` with this token needs the metadata service's word: not when the token is the current one.
     pub fn is_current(&self, access_token: Option<&str>) -> bool {
         match (&self.read().access_token, access_token) {
