@@ -14,6 +14,12 @@ from harness.vm_slots import VmSlots
 _running: list = []
 
 
+@pytest.fixture(scope="session")
+def running():
+    """For fixtures elsewhere that start processes: what is in this list is shown when a test fails."""
+    return _running
+
+
 def _require(runtime: str) -> None:
     {"qemu": locations.require_qemu, "container": locations.require_runc}[runtime]()
 

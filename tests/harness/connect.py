@@ -51,6 +51,9 @@ class Ran:
     stderr: bytes = b""
     pty: bytes = b""
     keepalives: int = 0
+    gaps: list[dict] = field(default_factory=list)
+    # Where each data event begins in the process's output, for who asked for offsets.
+    offsets: list[int] = field(default_factory=list)
     end: dict | None = None
     error: dict | None = None
     order: list[str] = field(default_factory=list)
@@ -69,9 +72,14 @@ class Ran:
             self.stdout += base64.b64decode(value.get("stdout", ""))
             self.stderr += base64.b64decode(value.get("stderr", ""))
             self.pty += base64.b64decode(value.get("pty", ""))
+            if "offset" in value:
+                self.offsets.append(int(value["offset"]))
         elif kind == "keepalive":
             self.keepalives += 1
+        elif kind == "gap":
+            self.gaps.append(value)
         else:
+            assert kind == "end", f"an event of no known kind: {event}"
             self.end = value
 
 

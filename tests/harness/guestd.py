@@ -17,7 +17,9 @@ def free_port() -> int:
 
 
 class Guestd:
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, wrapper: list[str] | None = None):
+        """`wrapper`: words before the program's own, which must end by executing what follows them."""
+        self.wrapper = wrapper or []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.arguments = arguments
@@ -26,7 +28,7 @@ class Guestd:
     def start(self) -> "Guestd":
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [str(locations.guestd()), "serve", "--port", str(self.port), *self.arguments],
+                [*self.wrapper, str(locations.guestd()), "serve", "--port", str(self.port), *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
