@@ -1,0 +1,538 @@
+"""Sections 4.5 to 4.7: downloads, uploads, compose."""
+
+import gzip
+import socket
+import time
+
+import pytest
+
+from harness.planes import HOME, basic
+
+contract = pytest.mark.contract
+hosted = pytest.mark.through_hostd
+OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+def get(plane, path: str | None, headers=None, **query):
+    params = {**({} if path is None else {"path": path}), **query}
+    return plane.http.get("/files", params=params, headers={"Accept-Encoding": "identity", **(headers or {})})
+
+
+def put(plane, content: bytes, path: str | None = None, headers=None, **query):
+    params = {**({} if path is None else {"path": path}), **query}
+    return plane.http.post("/files", params=params, content=content, headers={**OCTETS, **(headers or {})})
+
+
+def parts(plane, *files: tuple[str, bytes], path: str | None = None, headers=None, **query):
+    params = {**({} if path is None else {"path": path}), **query}
+    return plane.http.post("/files", params=params, files=[("file", each) for each in files], headers=headers)
+
+
+def refused(answer, status: int, message: str | None = None, contains: str = "") -> None:
+    assert answer.status_code == status, f"{answer.status_code}: {answer.text}"
+    told = answer.json()
+    assert told["code"] == status
+    if message is not None:
+        assert told["message"] == message
+    assert contains in told["message"]
+
+
+# --- downloads ---
+
+
+@hosted
+@pytest.mark.parametrize("path", ["{box}/file", "~/{short}/file", "{short}/file"])
+@contract("4.5/headers", "3.1/relative", "3.1/tilde")
+def test_a_file_is_downloaded_with_its_headers(plane, box, path):
+    plane.put(f"{box}/file", "hello\n")
+    plane.sh(f"touch -d '2024-02-03T04:05:06Z' {box}/file")
+    answer = get(plane, path.format(box=box, short=box.removeprefix(f"{HOME}/")))
+    assert (answer.status_code, answer.content) == (200, b"hello\n")
+    assert answer.headers["vary"].lower().split(", ")[0] == "accept-encoding" or "accept-encoding" in answer.headers["vary"].lower()
+    assert answer.headers["content-disposition"] == "inline; filename=file"
+    assert answer.headers["last-modified"] == "Sat, 03 Feb 2024 04:05:06 GMT"
+    assert answer.headers["content-length"] == "6"
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert "content-encoding" not in answer.headers
+
+
+@contract("4.5/headers")
+@pytest.mark.parametrize(
+    "name, content, kind",
+    [
+        ("a.txt", b"x", "text/plain; charset=utf-8"),
+        ("a.html", b"x", "text/html; charset=utf-8"),
+        ("a.json", b"{}", "application/json"),
+        ("a.png", b"x", "image/png"),
+        ("noext", b"\x89PNG\r\n\x1a\n", "image/png"),
+        ("noext2", b"plain words", "text/plain; charset=utf-8"),
+        ("noext3", b"\0\1\2\3", "application/octet-stream"),
+        ("noext4", b"%PDF-1.4", "application/pdf"),
+    ],
+)
+def test_the_type_is_the_extensions_or_the_bytes(plane, box, name, content, kind):
+    plane.put(f"{box}/{name}", content)
+    assert get(plane, f"{box}/{name}").headers["content-type"] == kind
+
+
+@hosted
+@pytest.mark.parametrize("name", ["with space", "ünï", "a&b=c", "100%25", "q?x#y", "-n", "semi;colon", 'quo"te', "plus+"])
+@contract("4.5/headers", "4.6/octets")
+def test_any_file_name_goes_up_and_down(plane, box, name):
+    assert put(plane, name.encode(), f"{box}/{name}").json()[0]["path"] == f"{box}/{name}"
+    answer = get(plane, f"{box}/{name}")
+    assert answer.content == name.encode()
+    assert answer.headers["content-disposition"].startswith("inline; filename")
+
+
+@hosted
+@pytest.mark.parametrize("path", ["/no/such/file", "none", "~/none/deep"])
+@contract("4.5/missing", "4/error-body")
+def test_a_missing_file_is_404_with_its_path(plane, path):
+    full = {"none": f"{HOME}/none", "~/none/deep": f"{HOME}/none/deep"}.get(path, path)
+    answer = get(plane, path)
+    refused(answer, 404, f"path '{full}' does not exist")
+    assert answer.headers["content-type"].startswith("application/json")
+
+
+@contract("4/error-body")
+def test_an_error_body_is_not_to_be_sniffed(plane):
+    assert get(plane, "/no/such/file").headers["x-content-type-options"] == "nosniff"
+
+
+@hosted
+@pytest.mark.parametrize("path, full", [("", HOME), ("~", HOME), ("/tmp", "/tmp"), (None, HOME)])
+@contract("4.5/directory")
+def test_a_folder_is_not_downloaded(plane, path, full):
+    refused(get(plane, path), 400, f"path '{full}' is a directory")
+
+
+@hosted
+@pytest.mark.parametrize("verb", ["GET", "POST"])
+@contract("4.5/path", "4.6/400", "3.1/other-home")
+def test_another_users_home_is_400(plane, verb):
+    answer = plane.http.request(verb, "/files", params={"path": "~root/x"}, content=b"x" if verb == "POST" else None, headers=OCTETS)
+    refused(answer, 400, contains="cannot expand user-specific home dir")
+
+
+@hosted
+@pytest.mark.parametrize("verb", ["GET", "POST"])
+@contract("4.5/user", "4.6/401", "2.1/rest")
+def test_an_unknown_user_in_the_query_is_401(plane, verb):
+    query = {"path": "/etc/hostname", "username": "ghost"}
+    answer = plane.http.request(verb, "/files", params=query, content=b"x" if verb == "POST" else None, headers=OCTETS)
+    refused(answer, 401, "error looking up user 'ghost': user: unknown user ghost")
+
+
+@hosted
+@contract("2.1/rest", "3.1/relative")
+def test_the_user_of_the_query_decides_the_home(plane):
+    plane.sh("install -m 600 /dev/null /root/conformance-file && echo -n root > /root/conformance-file")
+    try:
+        assert get(plane, "conformance-file", username="root").content == b"root"
+        assert get(plane, "conformance-file", username="user").status_code == 404
+    finally:
+        plane.sh("rm /root/conformance-file")
+
+
+@contract("2.1/everywhere", "1.10/basic-unknown")
+def test_an_unknown_basic_user_is_refused_on_files_too(plane):
+    answer = plane.http.get("/files", params={"path": "/etc/hostname"}, headers=basic("ghost"))
+    assert answer.status_code == 401
+    assert answer.json()["message"] == "invalid username: 'ghost'"
+
+
+@hosted
+@pytest.mark.parametrize(
+    "wanted, status, content, told",
+    [
+        ("bytes=0-0", 206, b"0", "bytes 0-0/10"),
+        ("bytes=2-4", 206, b"234", "bytes 2-4/10"),
+        ("bytes=8-", 206, b"89", "bytes 8-9/10"),
+        ("bytes=8-100", 206, b"89", "bytes 8-9/10"),
+        ("bytes=-3", 206, b"789", "bytes 7-9/10"),
+        ("bytes=-100", 206, b"0123456789", "bytes 0-9/10"),
+        ("bytes=10-", 416, None, "bytes */10"),
+        ("bytes=20-30", 416, None, "bytes */10"),
+    ],
+)
+@contract("4.5/range")
+def test_a_range_is_served_exactly(plane, box, wanted, status, content, told):
+    plane.put(f"{box}/file", "0123456789")
+    answer = get(plane, f"{box}/file", {"Range": wanted})
+    assert answer.status_code == status
+    assert answer.headers["content-range"] == told
+    if content is not None:
+        assert answer.content == content
+        assert answer.headers["content-length"] == str(len(content))
+
+
+@hosted
+@contract("4.5/conditions")
+def test_what_has_not_changed_is_304(plane, box):
+    plane.put(f"{box}/file", "0123456789")
+    plane.sh(f"touch -d '2024-02-03T04:05:06Z' {box}/file")
+    when = "Sat, 03 Feb 2024 04:05:06 GMT"
+    answer = get(plane, f"{box}/file", {"If-Modified-Since": when})
+    assert (answer.status_code, answer.content) == (304, b"")
+    assert get(plane, f"{box}/file", {"If-Modified-Since": "Fri, 02 Feb 2024 04:05:06 GMT"}).status_code == 200
+    assert get(plane, f"{box}/file", {"Range": "bytes=1-2", "If-Range": when}).content == b"12"
+    assert get(plane, f"{box}/file", {"Range": "bytes=1-2", "If-Range": "Fri, 02 Feb 2024 04:05:06 GMT"}).content == b"0123456789"
+
+
+@hosted
+@pytest.mark.parametrize(
+    "accepted, status, packed",
+    [
+        ("gzip", 200, True),
+        ("gzip, deflate, br", 200, True),
+        ("gzip;q=1.0, identity;q=0.5", 200, True),
+        ("gzip;q=0.5, identity;q=1.0", 200, False),
+        ("*", 200, False),
+        ("gzip;q=0", 200, False),
+        ("identity", 200, False),
+        ("br", 200, False),
+        ("*;q=0.5, identity;q=0", 200, True),
+        ("identity;q=0", 406, None),
+        ("br, identity;q=0", 406, None),
+        ("*;q=0", 406, None),
+    ],
+)
+@contract("4.5/gzip", "4.5/406")
+def test_the_client_decides_about_compression(plane, box, accepted, status, packed):
+    plane.put(f"{box}/file.txt", "a" * 10_000)
+    with plane.http.stream("GET", "/files", params={"path": f"{box}/file.txt"}, headers={"Accept-Encoding": accepted}) as answer:
+        raw = b"".join(answer.iter_raw())
+    assert answer.status_code == status
+    if packed:
+        assert answer.headers["content-encoding"] == "gzip"
+        assert gzip.decompress(raw) == b"a" * 10_000
+    elif packed is False:
+        assert "content-encoding" not in answer.headers
+        assert raw == b"a" * 10_000
+
+
+@contract("4.5/gzip", "4.5/range", "4.5/406")
+def test_a_range_is_never_compressed(plane, box):
+    plane.put(f"{box}/file.txt", "a" * 10_000)
+    answer = get(plane, f"{box}/file.txt", {"Range": "bytes=0-9", "Accept-Encoding": "gzip"})
+    assert (answer.status_code, "content-encoding" in answer.headers, answer.content) == (206, False, b"a" * 10)
+    refused_identity = {"Range": "bytes=0-9", "Accept-Encoding": "gzip, identity;q=0"}
+    assert get(plane, f"{box}/file.txt", refused_identity).status_code == 406
+
+
+@hosted
+@contract("4.5/procfs")
+@pytest.mark.parametrize("accepted", ["identity", "gzip"])
+def test_a_file_that_says_it_is_empty_is_read_to_its_end(plane, accepted):
+    answer = get(plane, "/proc/self/status", {"Accept-Encoding": accepted})
+    assert answer.status_code == 200
+    assert answer.text.startswith("Name:")
+
+
+# --- uploads ---
+
+
+@hosted
+@pytest.mark.parametrize("size", [0, 1, 70_000, 3_000_000])
+@contract("4.6/octets", "4.6/reply", "4.6/parents", "4.6/empty-file", "3.5/created")
+def test_octets_become_the_file(plane, box, size):
+    data = bytes(n * 7 % 251 for n in range(min(size, 997))) * (size // 997 + 1)
+    data = data[:size]
+    answer = put(plane, data, f"{box}/a/b/file")
+    assert answer.status_code == 200
+    assert answer.json() == [{"path": f"{box}/a/b/file", "name": "file", "type": "file"}]
+    assert get(plane, f"{box}/a/b/file").content == data
+    assert plane.sh(f"cd {box}; stat -c '%U:%G %a %s' a a/b a/b/file | sed 's/ 4096$//; s/ [0-9]*0$/&/'").splitlines()[-1] == f"user:user 644 {size}"
+    assert plane.sh(f"cd {box}; stat -c '%U:%G %a' a a/b") == "user:user 755\n" * 2
+
+
+@hosted
+@contract("4.6/multipart", "4.6/reply", "4.6/parents")
+def test_each_part_goes_where_its_name_says(plane, box):
+    short = box.removeprefix(f"{HOME}/")
+    answer = parts(plane, (f"{box}/a/one.txt", b"1"), (f"{short}/b/c/two.txt", b"22"), (f"~/{short}/three", b""))
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == [
+        {"path": f"{box}/{name}", "name": name.rsplit("/", 1)[-1], "type": "file"} for name in ("a/one.txt", "b/c/two.txt", "three")
+    ]
+    assert plane.sh(f"cd {box}; cat a/one.txt b/c/two.txt three") == "122"
+
+
+@hosted
+@contract("4.6/path-wins", "4.6/other-fields")
+def test_the_query_wins_and_other_fields_are_ignored(plane, box):
+    answer = plane.http.post(
+        "/files", params={"path": f"{box}/here"}, files={"file": ("elsewhere", b"x"), "other": ("nope", b"y")}, data={"text": "ignored"}
+    )
+    assert answer.json() == [{"path": f"{box}/here", "name": "here", "type": "file"}]
+    assert plane.sh(f"ls {box}") == "here\n"
+
+
+@hosted
+@contract("4.6/twice")
+@pytest.mark.parametrize("second", ["{box}/a", "{box}/./a", "{box}//a", "{box}/x/../a"])
+def test_the_same_path_twice_is_400(plane, box, second):
+    answer = parts(plane, (f"{box}/a", b"1"), (second.format(box=box), b"2"))
+    assert answer.status_code == 400, answer.text
+
+
+@contract("4.6/multipart")
+def test_any_multipart_type_is_accepted(plane, box):
+    body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\ndata\r\n--B--\r\n"
+    answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=body, headers={"Content-Type": "multipart/mixed; boundary=B"})
+    assert answer.status_code == 200, answer.text
+    assert plane.content(f"{box}/file") == b"data"
+
+
+@hosted
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/x-www-form-urlencoded", ""])
+@contract("4.6/media")
+def test_another_media_type_is_400(plane, box, kind):
+    answer = put(plane, b"x", f"{box}/file", {"Content-Type": kind})
+    refused(answer, 400, contains="unsupported content type")
+    assert plane.sh(f"ls {box}") == ""
+
+
+@hosted
+@pytest.mark.parametrize("form", ["octets", "multipart"])
+@contract("4.6/gzip")
+def test_a_gzipped_body_is_unpacked(plane, box, form):
+    if form == "octets":
+        answer = put(plane, gzip.compress(b"plain"), f"{box}/file", {"Content-Encoding": "gzip"})
+    else:
+        body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\nplain\r\n--B--\r\n"
+        headers = {"Content-Type": "multipart/form-data; boundary=B", "Content-Encoding": "gzip"}
+        answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=gzip.compress(body), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert plane.content(f"{box}/file") == b"plain"
+
+
+@hosted
+@pytest.mark.parametrize("encoding, content", [("br", b"x"), ("deflate", b"x"), ("gzip", b"no gzip"), ("gzip, gzip", b"x")])
+@contract("4.6/gzip")
+def test_a_body_that_cannot_be_unpacked_is_400(plane, box, encoding, content):
+    refused(put(plane, content, f"{box}/file", {"Content-Encoding": encoding}), 400)
+
+
+@hosted
+@contract("4.6/400")
+def test_octets_need_a_path(plane):
+    refused(put(plane, b"x"), 400, contains="path")
+
+
+@hosted
+@pytest.mark.parametrize("path", ["{box}", "~", "/", ""])
+@contract("4.6/400")
+def test_a_folder_is_not_written(plane, box, path):
+    answer = put(plane, b"x", path.format(box=box))
+    refused(answer, 400)
+
+
+@hosted
+@pytest.mark.parametrize("form", ["octets", "multipart"])
+@contract("4.6/metadata", "3.3/metadata")
+def test_metadata_goes_with_the_file_and_is_replaced(fresh_or_plane, form):
+    plane, box = fresh_or_plane
+
+    def send(headers: dict):
+        return put(plane, b"x", f"{box}/file", headers) if form == "octets" else parts(plane, ("file", b"x"), path=f"{box}/file", headers=headers)
+
+    answer = send({"X-Metadata-Key-One": "first value", "X-METADATA-two": "2"})
+    wanted = {"key-one": "first value", "two": "2"}
+    assert answer.json() == [{"path": f"{box}/file", "name": "file", "type": "file", "metadata": wanted}]
+    assert plane.fs("Stat", path=f"{box}/file").ok()["entry"]["metadata"] == wanted
+    assert send({"X-Metadata-three": "3"}).json()[0]["metadata"] == {"three": "3"}
+    assert plane.fs("Stat", "proto", path=f"{box}/file").ok()["entry"]["metadata"] == {"three": "3"}
+    assert "metadata" not in send({}).json()[0]
+    assert "metadata" not in plane.fs("Stat", path=f"{box}/file").ok()["entry"]
+
+
+@pytest.fixture
+def fresh_or_plane(plane, box):
+    """Where the home folder keeps attributes: tmpfs below Linux 6.6 does not."""
+    tried = plane.start("/usr/bin/python3", "-c", f"import os; os.setxattr('{box}', 'user.try', b'1')")
+    if tried.exit_code:
+        pytest.skip(f"metadata was not tested on {plane.name}: {tried.stderr.decode().splitlines()[-1]}")
+    return plane, box
+
+
+@hosted
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Metadata-": "no key"},
+        {"X-Metadata-key": b"\xc3\xbc"},
+        {"X-Metadata-key": b"tab\there"},
+        {f"X-Metadata-{'k' * 247}": "long key"},
+        {"X-Metadata-key": "v" * 4097},
+        {f"X-Metadata-{n}": "v" * 500 for n in range(9)},
+    ],
+    ids=["no-key", "not-ascii", "tab", "long-key", "long-value", "too-much"],
+)
+@contract("4.6/metadata-bad")
+def test_bad_metadata_is_400_before_anything_is_written(plane, box, headers):
+    refused(put(plane, b"x", f"{box}/new/file", headers), 400)
+    assert plane.sh(f"ls {box}") == ""
+
+
+@hosted
+@contract("3.5/existing", "4.6/octets")
+def test_an_overwritten_file_becomes_the_users_and_keeps_its_mode(plane, box):
+    plane.put(f"{box}/file", "long old content", owner="nobody", mode="646")
+    assert put(plane, b"new", f"{box}/file").status_code == 200
+    assert plane.sh(f"stat -c '%U %a %s' {box}/file") == "user 646 3\n"
+
+
+@hosted
+@pytest.mark.parametrize("user", ["root", "nobody"])
+@contract("3.5/created", "2.1/rest")
+def test_an_upload_belongs_to_the_user_of_the_query(plane, box, user):
+    plane.sh(f"chmod 777 {box}")
+    assert put(plane, b"x", f"{box}/new/file", username=user).status_code == 200
+    assert plane.sh(f"cd {box}; stat -c %U new new/file") == f"{user}\n{user}\n"
+
+
+@contract("4.6/500")
+@pytest.mark.parametrize(
+    "body, boundary",
+    [
+        (b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\ncut off", "B"),
+        (b"no boundary at all", "B"),
+        (b"--B\r\nContent-Disposition", "B"),
+        (b"x", ""),
+    ],
+    ids=["cut-off", "no-parts", "cut-header", "no-boundary"],
+)
+def test_a_malformed_multipart_is_an_error(plane, box, body, boundary):
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}" if boundary else "multipart/form-data"}
+    answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=body, headers=headers)
+    assert answer.status_code in (400, 500)
+    assert answer.json()["code"] == answer.status_code
+
+
+@hosted
+@contract("4.6/500")
+def test_a_parent_that_is_a_file_is_an_error(plane, box):
+    plane.put(f"{box}/file", "stays")
+    answer = put(plane, b"x", f"{box}/file/below")
+    # envd says 500; a wrong path is the client's.
+    assert answer.status_code in (400, 500)
+    assert answer.json()["code"] == answer.status_code
+    assert plane.content(f"{box}/file") == b"stays"
+
+
+@pytest.mark.through_hostd(only=True)
+@contract("4.6/507", "1.7/resource_exhausted")
+def test_a_full_disk_is_507_and_resource_exhausted(plane, box):
+    plane.sh(f"mkdir -m 777 {box}/full && mount -t tmpfs -o size=256k,nr_inodes=8,mode=777 tmpfs {box}/full")
+    try:
+        answer = put(plane, bytes(1 << 20), f"{box}/full/file")
+        refused(answer, 507, contains="not enough disk space available")
+        assert "attempted to write" in answer.json()["message"]
+        for n in range(12):
+            answer = put(plane, b"", f"{box}/full/{n}")
+            if answer.status_code != 200:
+                break
+        refused(answer, 507, contains="not enough inodes available")
+        assert plane.fs("MakeDir", path=f"{box}/full/dir").error[:2] == (429, "resource_exhausted")
+    finally:
+        plane.sh(f"umount {box}/full")
+
+
+@contract("4.6/octets", "10/retries")
+def test_an_upload_that_breaks_off_leaves_the_agent_whole(plane, box):
+    with socket.create_connection(plane.address) as connection:
+        connection.sendall(
+            f"POST /files?path={box}/cut HTTP/1.1\r\nHost: a\r\nContent-Type: application/octet-stream\r\nContent-Length: 1000000\r\n\r\nonly this".encode()
+        )
+    assert put(plane, b"whole", f"{box}/cut").status_code == 200
+    time.sleep(0.1)
+    assert plane.content(f"{box}/cut") == b"whole"
+
+
+@hosted
+@pytest.mark.parametrize("verb", ["HEAD", "PUT", "DELETE", "PATCH"])
+@contract("4/wrong-method")
+def test_files_have_no_other_method(plane, verb):
+    assert plane.http.request(verb, "/files", params={"path": "/etc/hostname"}).status_code == 405
+
+
+# --- compose ---
+
+
+def compose(plane, headers=None, **body):
+    return plane.http.post("/files/compose", json=body, headers=headers)
+
+
+@hosted
+@contract("4.7/compose")
+def test_parts_are_joined_in_order_and_gone(plane, box):
+    for n, text in enumerate(("one ", "two ", "", "three")):
+        plane.put(f"{box}/part-{n}", text)
+    answer = compose(plane, source_paths=[f"{box}/part-{n}" for n in (1, 0, 2, 3)], destination=f"{box}/whole")
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {"path": f"{box}/whole", "name": "whole", "type": "file"}
+    assert plane.content(f"{box}/whole") == b"two one three"
+    assert plane.sh(f"ls -A {box}") == "whole\n"
+
+
+@hosted
+@contract("4.7/compose", "3.5/created")
+def test_the_whole_is_the_users_and_its_folders_are_made(plane, box):
+    plane.put(f"{box}/part", "x", owner="nobody")
+    plane.sh(f"chmod 777 {box}")
+    assert compose(plane, source_paths=[f"{box}/part"], destination=f"{box}/a/b/whole", username="user").status_code == 200
+    assert plane.sh(f"cd {box}; stat -c '%U %a' a a/b a/b/whole") == "user 755\nuser 755\nuser 644\n"
+
+
+@contract("4.7/compose", "3.1/relative", "3.1/tilde")
+def test_compose_takes_paths_below_home(plane, box):
+    short = box.removeprefix(f"{HOME}/")
+    plane.put(f"{box}/part", "x")
+    assert compose(plane, source_paths=[f"{short}/part"], destination=f"~/{short}/whole").json()["path"] == f"{box}/whole"
+
+
+@hosted
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"source_paths": [], "destination": "{box}/whole"},
+        {"destination": "{box}/whole"},
+        {"source_paths": ["{box}/part"]},
+        {"source_paths": ["{box}/part"], "destination": ""},
+        {"source_paths": ["{box}/part"], "destination": "{box}/part"},
+        {"source_paths": ["{box}/part", "{box}"], "destination": "{box}/whole"},
+        {"source_paths": ["{box}/part"], "destination": "~nobody/whole"},
+        {"source_paths": "{box}/part", "destination": "{box}/whole"},
+        [],
+        None,
+    ],
+    ids=["no-sources", "sources-absent", "no-destination", "empty-destination", "itself", "folder", "other-home", "no-list", "no-object", "null"],
+)
+@contract("4.7/400")
+def test_what_cannot_be_composed_is_400_and_harms_nothing(plane, box, body):
+    import json
+
+    plane.put(f"{box}/part", "stays")
+    text = json.dumps(body).replace("{box}", box)
+    answer = plane.http.post("/files/compose", content=text, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert plane.sh(f"ls -A {box}") == "part\n"
+    assert plane.content(f"{box}/part") == b"stays"
+
+
+@hosted
+@contract("4.7/404", "4.7/401")
+def test_a_missing_part_is_404_and_an_unknown_user_401(plane, box):
+    plane.put(f"{box}/part", "stays")
+    refused(compose(plane, source_paths=[f"{box}/part", f"{box}/none"], destination=f"{box}/whole"), 404)
+    refused(compose(plane, source_paths=[f"{box}/part"], destination=f"{box}/whole", username="ghost"), 401, contains="ghost")
+    assert plane.sh(f"ls -A {box}") == "part\n"
+
+
+@contract("4.7/token")
+def test_compose_needs_the_token(fresh):
+    assert fresh.http.post("/init", json={"accessToken": "secret"}).status_code == 204
+    assert compose(fresh, source_paths=["/a"], destination="/b").status_code == 401
+    assert compose(fresh, {"X-Access-Token": "secret"}, source_paths=["/no/such/a"], destination="/tmp/b").status_code == 404
