@@ -16,7 +16,7 @@ def sandbox(plane, package, monkeypatch):
     prefix = package.split("_")[0].upper()
     for name, value in (("API_KEY", API_KEY), ("DEBUG", "true"), ("SANDBOX_URL", plane.url)):
         monkeypatch.setenv(f"{prefix}_{name}", value)
-    return importlib.import_module(package).Sandbox.create()
+    return importlib.import_module(package).Sandbox.create(debug=True)
 
 
 @VENDORS

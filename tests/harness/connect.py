@@ -20,16 +20,16 @@ def envelope(message: dict | bytes, flags: int = 0) -> bytes:
 
 def frames(body):
     """(flags, payload) of each message in an iterable of byte strings."""
-    buffered = b""
+    buffered = bytearray()
     for piece in body:
         buffered += piece
         while len(buffered) >= 5:
             flags, length = struct.unpack(">BI", buffered[:5])
             if len(buffered) < 5 + length:
                 break
-            yield flags, buffered[5 : 5 + length]
-            buffered = buffered[5 + length :]
-    assert not buffered, f"the stream ended inside a frame: {buffered[:80]!r}"
+            yield flags, bytes(buffered[5 : 5 + length])
+            del buffered[: 5 + length]
+    assert not buffered, f"the stream ended inside a frame: {bytes(buffered[:80])!r}"
 
 
 def call(client: httpx.Client, method: str, message: dict | None = None, **options) -> httpx.Response:
@@ -47,9 +47,8 @@ class Ran:
     """What one Start or Connect stream told, from its first event to its end frame."""
 
     pid: int | None = None
-    stdout: bytes = b""
-    stderr: bytes = b""
-    pty: bytes = b""
+    # What came on each channel; grown in place, for outputs of megabytes.
+    out: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in ("stdout", "stderr", "pty")}, repr=False)
     keepalives: int = 0
     gaps: list[dict] = field(default_factory=list)
     # Where each data event begins in the process's output, for who asked for offsets.
@@ -59,9 +58,30 @@ class Ran:
     order: list[str] = field(default_factory=list)
 
     @property
+    def stdout(self) -> bytes:
+        return bytes(self.out["stdout"])
+
+    @property
+    def stderr(self) -> bytes:
+        return bytes(self.out["stderr"])
+
+    @property
+    def pty(self) -> bytes:
+        return bytes(self.out["pty"])
+
+    @property
+    def received(self) -> int:
+        """Bytes on all channels."""
+        return sum(map(len, self.out.values()))
+
+    @property
     def exit_code(self) -> int:
         assert self.end is not None, f"no end event: {self}"
         return self.end.get("exitCode", 0)
+
+    def __str__(self) -> str:
+        shown = {name: bytes(out[:200]) for name, out in self.out.items() if out}
+        return f"pid {self.pid}, {' '.join(self.order[-20:])}, end {self.end}, error {self.error}, {shown}"
 
     def take(self, event: dict) -> None:
         kind, value = next(iter(event.items()))
@@ -69,9 +89,8 @@ class Ran:
         if kind == "start":
             self.pid = value["pid"]
         elif kind == "data":
-            self.stdout += base64.b64decode(value.get("stdout", ""))
-            self.stderr += base64.b64decode(value.get("stderr", ""))
-            self.pty += base64.b64decode(value.get("pty", ""))
+            for channel, out in self.out.items():
+                out += base64.b64decode(value.get(channel, ""))
             if "offset" in value:
                 self.offsets.append(int(value["offset"]))
         elif kind == "keepalive":
