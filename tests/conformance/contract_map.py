@@ -336,6 +336,7 @@ WITHOUT = {
     "1.10/watch-network": "needs a mounted network file system or FUSE daemon on the test machine",
     "2.7/readopted": "needs a live upgrade, which is the host's: see 4.11/upgrade",
     "2.13/groups": "server side: no client can ask for a cgroup's weights; src/guestd's own tests",
+    "3.4/network": "needs a mounted network file system or FUSE daemon on the test machine",
     "3.4/overflow": "envd ends the watcher, which is weakness 19: tests/conformance/test_weaknesses.py tries it",
     "4.3/ca": "writes the trust store of the machine under the tests; the agent's own tests use a root of their own",
     "4.3/nfs": "needs an NFS server",

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import time
 
 import pytest
@@ -255,10 +256,14 @@ def test_control_is_refused_to_who_has_the_token_only(secured_once, path, creden
 
 @pytest.mark.through_hostd(only=True)
 @pytest.mark.parametrize("path", [pytest.param(path, marks=contract(row)) for path, row in CONTROL.items()])
-@pytest.mark.parametrize("spelling", ["{}", "/{}", "{}/", "/.{}", "/x/..{}", "{}?mode=legacy", "{}%2f"])
-def test_control_does_not_pass_the_proxy_in_any_spelling(plane, path, spelling):
-    answer = plane.http.post(spelling.format(path))
-    assert answer.status_code in (400, 401, 403, 404), f"{answer.status_code} {answer.text}"
+def test_control_does_not_pass_the_proxy_in_any_spelling(plane, path):
+    bare = path.removeprefix("/")
+    for spelling in (path, f"/{path}", f"{path}/", f"/.{path}", f"/x/..{path}", f"{path}?mode=legacy", f"{path}%2f", f"/%{ord(bare[0]):02x}{bare[1:]}", path.upper()):
+        connection = http.client.HTTPConnection(*plane.address, timeout=10)
+        connection.request("POST", spelling, headers={**plane.headers, "Content-Length": "0"})
+        answer = connection.getresponse()
+        assert answer.status in (400, 401, 403, 404), f"{spelling}: {answer.status} {answer.read()!r}"
+        connection.close()
     assert plane.start("/bin/true").exit_code == 0
 
 

@@ -34,7 +34,6 @@ def post(plane, method: str, content: bytes, kind: str = "application/json", **h
 # --- every method, its content type and its HTTP method ---
 
 
-@hosted
 @methods(proto.METHODS)
 @contract("1.6/415")
 def test_another_content_type_is_415_and_told_what_is_accepted(plane, method):
@@ -319,7 +318,6 @@ def test_default_values_are_left_out(plane, box):
     assert plane.fs("ListDir", path=f"{box}/void").ok() == {}
 
 
-@hosted
 @pytest.mark.parametrize(
     "message",
     [

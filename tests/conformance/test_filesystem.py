@@ -157,7 +157,6 @@ def test_metadata_is_what_the_attributes_say_without_what_is_no_text(plane, box)
         assert plane.fs("Stat", codec, path=path).ok()["entry"]["metadata"] == {"one": "1", "two-b": "ü"}
 
 
-@hosted
 @CODECS
 @pytest.mark.parametrize("path", ["/no/such/file", "none", "~/none"])
 @contract("3.2/stat-missing", "1.7/not_found")
@@ -174,7 +173,6 @@ def test_a_size_beyond_32_bits_is_exact(plane, box):
         assert plane.fs("Stat", codec, path=f"{box}/big").ok()["entry"]["size"] == "5000000001"
 
 
-@hosted
 @pytest.mark.parametrize("name", ["with space", "ünï", "new\nline", "-n", "100%", "a&b?c#d", "\\", "'\"", "~", "..."])
 @contract("3.3/name", "3.3/path")
 def test_any_name_is_a_name(plane, box, name):

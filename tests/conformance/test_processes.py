@@ -131,6 +131,15 @@ def test_a_command_has_best_effort_io_at_level_4(plane):
     assert ran.stdout in (b"best-effort: prio 4\n", b"none: prio 4\n", b"none: prio 0\n")
 
 
+@pytest.mark.through_hostd(only=True)
+@pytest.mark.parametrize("pty, group", [(None, "user"), ({"size": {"cols": 80, "rows": 24}}, "ptys")])
+@contract("2.2/cgroup")
+def test_a_command_is_in_its_control_group_from_the_start(plane, pty, group):
+    ran = plane.start("/bin/cat", "/proc/self/cgroup", pty=pty)
+    [line] = [line for line in (ran.stdout + ran.pty).decode().split() if line.startswith("0::")]
+    assert group in line.split("/")
+
+
 # --- who ---
 
 
@@ -236,7 +245,6 @@ def test_the_request_wins_over_init_and_init_over_the_agent(fresh):
     assert ran.stdout == b"init request /init request\n"
 
 
-@hosted
 @pytest.mark.parametrize("value", ["", "with space", "quote\"'", "new\nline", "$HOME `id`", "ünï", "a=b"])
 @contract("2.3/request", "1.2/ProcessConfig")
 def test_a_value_reaches_the_command_as_it_is(plane, value):
@@ -286,7 +294,6 @@ def test_a_link_to_a_folder_is_entered(plane, box):
     assert plane.start("/bin/pwd", "-P", cwd=f"{box}/link").stdout.decode() == f"{box}/real\n"
 
 
-@hosted
 @CODECS
 @pytest.mark.parametrize("cwd, said", [("/no/such/folder", "/no/such/folder"), ("~/none", f"{HOME}/none"), ("none", f"{HOME}/none")])
 @contract("2.4/missing", "1.10/cwd-missing", "1.7/invalid_argument", "1.6/status")

@@ -158,7 +158,6 @@ def test_output_restarts_the_keepalive_clock(plane):
     assert (ran.stdout, ran.keepalives) == (b"1\n2\n3\n4\n", 0)
 
 
-@hosted
 @pytest.mark.parametrize("interval", ["0", "-1", "-50", "often", "1.5", "99999999999999999999", ""])
 @contract("2.9/default")
 def test_an_interval_that_is_none_is_the_default(plane, interval):
@@ -219,7 +218,6 @@ def test_no_timeout_is_no_deadline(plane, timeout):
     assert (ran.stdout, ran.error) == (b"done\n", None)
 
 
-@hosted
 @pytest.mark.parametrize("timeout", ["soon", "-1", "1.5", "12345678901", "1s", "0x10"])
 @contract("1.10/timeout-header", "1.7/invalid_argument")
 def test_a_malformed_timeout_is_refused_and_runs_nothing(plane, box, timeout):

@@ -133,7 +133,6 @@ def test_only_a_recursive_watcher_sees_below_its_folder(plane, box, recursive):
     assert any(name.startswith("one/two") for _, name in told) is recursive
 
 
-@hosted
 @pytest.mark.parametrize(
     "action, expected",
     [
