@@ -91,7 +91,6 @@ def test_an_unknown_procedure_is_404(plane, service):
         assert plane.http.post(path, json={}).status_code == 404, path
 
 
-@hosted
 @contract("1.7/unknown-procedure", "4/unknown-path")
 @pytest.mark.parametrize("path", ["/", "/nothing", "/Process/List", "/grpc.health.v1.Health/Check"])
 def test_an_unknown_path_is_404(plane, path):

@@ -75,7 +75,6 @@ def test_the_type_is_the_extensions_or_the_bytes(plane, box, name, content, kind
     assert get(plane, f"{box}/{name}").headers["content-type"] == kind
 
 
-@hosted
 @pytest.mark.parametrize("name", ["with space", "ünï", "a&b=c", "100%25", "q?x#y", "-n", "semi;colon", 'quo"te', "plus+"])
 @contract("4.5/headers", "4.6/octets")
 def test_any_file_name_goes_up_and_down(plane, box, name):
@@ -142,7 +141,6 @@ def test_an_unknown_basic_user_is_refused_on_files_too(plane):
     assert answer.json()["message"] == "invalid username: 'ghost'"
 
 
-@hosted
 @pytest.mark.parametrize(
     "wanted, status, content, told",
     [
@@ -180,7 +178,6 @@ def test_what_has_not_changed_is_304(plane, box):
     assert get(plane, f"{box}/file", {"Range": "bytes=1-2", "If-Range": "Fri, 02 Feb 2024 04:05:06 GMT"}).content == b"0123456789"
 
 
-@hosted
 @pytest.mark.parametrize(
     "accepted, status, packed",
     [

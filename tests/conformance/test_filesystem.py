@@ -104,7 +104,6 @@ KINDS = [
 ]
 
 
-@hosted
 @pytest.mark.parametrize("made, kind, mode, permissions", KINDS, ids=[each[3] for each in KINDS])
 @contract("3.3/type", "3.3/mode", "3.3/permissions", "1.3/FileType")
 def test_each_kind_of_file_has_its_type_and_gos_letters(plane, box, made, kind, mode, permissions):
@@ -215,7 +214,6 @@ def test_links_inside_a_list_are_not_followed(plane, box):
     assert names(plane, box, 9) == ["broken", "d", "d/file", "d/up", "link"]
 
 
-@hosted
 @contract("3.2/list-missing", "3.2/list-file", "3.2/list-cyclic", "1.7/failed_precondition")
 @pytest.mark.parametrize(
     "made, status, code, text",

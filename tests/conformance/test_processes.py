@@ -26,7 +26,6 @@ def test_success_is_start_end_and_end_frame_without_default_values(plane, codec)
     assert ran.error is None
 
 
-@hosted
 @CODECS
 @pytest.mark.parametrize("code", [1, 2, 127, 255])
 @contract("2.7/exit-n", "1.2/EndEvent", "1.4/proto")
@@ -269,7 +268,6 @@ def test_arguments_arrive_as_they_were_sent(plane, codec):
     assert told == "".join(f"[{argument}]" for argument in arguments)
 
 
-@hosted
 @pytest.mark.parametrize(
     "cwd, real",
     [("", HOME), ("~", HOME), ("~/work", f"{HOME}/work"), ("work", f"{HOME}/work"), ("/tmp", "/tmp"), ("/tmp/../usr", "/usr")],

@@ -59,7 +59,6 @@ def test_a_watcher_is_made_asked_emptied_and_removed(plane, box, codec):
     assert plane.fs("RemoveWatcher", codec, watcherId=watcher.id).error == unknown
 
 
-@hosted
 @contract("1.10/watcher", "1.7/not_found")
 @pytest.mark.parametrize("method", ["GetWatcherEvents", "RemoveWatcher"])
 @pytest.mark.parametrize("name", ["", "w", "waaaaaaaaaaaaaaaaaaaa"])
