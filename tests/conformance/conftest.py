@@ -15,7 +15,11 @@ from harness.vm_slots import VmSlots
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--contract-map", choices=("text", "json"), nargs="?", const="text", help="list the contract's rows with their cases; run nothing"
+        "--contract-map",
+        choices=("text", "json"),
+        nargs="?",
+        const="text",
+        help="list the contract's rows with their cases; run nothing",
     )
 
 

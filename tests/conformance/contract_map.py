@@ -10,10 +10,24 @@ ROWS = {
     "0/version": "the version that /init reports and --version prints is plain semver",
     "0/default-user": "root until /init sets a default user",
     # 1.1 methods
-    **{f"1.1/{name}": f"/process.Process/{name}" for name in (
-        "List", "Start", "Connect", "Update", "StreamInput", "SendInput", "SendSignal", "CloseStdin")},
-    **{f"1.1/{name}": f"/filesystem.Filesystem/{name}" for name in (
-        "Stat", "MakeDir", "Move", "ListDir", "Remove", "WatchDir", "CreateWatcher", "GetWatcherEvents", "RemoveWatcher")},
+    **{
+        f"1.1/{name}": f"/process.Process/{name}"
+        for name in ("List", "Start", "Connect", "Update", "StreamInput", "SendInput", "SendSignal", "CloseStdin")
+    },
+    **{
+        f"1.1/{name}": f"/filesystem.Filesystem/{name}"
+        for name in (
+            "Stat",
+            "MakeDir",
+            "Move",
+            "ListDir",
+            "Remove",
+            "WatchDir",
+            "CreateWatcher",
+            "GetWatcherEvents",
+            "RemoveWatcher",
+        )
+    },
     # 1.2 process messages
     "1.2/PTY": "size.cols=1, size.rows=2",
     "1.2/ProcessConfig": "cmd=1, args=2, envs=3, cwd=4",
@@ -73,58 +87,90 @@ ROWS = {
     "1.6/client-stream": "StreamInput sends many, the reply comes after the end",
     "1.6/malformed": "a frame that is no frame is refused, and the connection's neighbours live",
     # 1.7 codes
-    **{f"1.7/{code}": f"HTTP {status}" for code, status in (
-        ("canceled", 499), ("unknown", 500), ("invalid_argument", 400), ("deadline_exceeded", 504), ("not_found", 404),
-        ("already_exists", 409), ("permission_denied", 403), ("resource_exhausted", 429), ("failed_precondition", 400),
-        ("unauthenticated", 401), ("aborted", 409), ("out_of_range", 400), ("unimplemented", 501), ("internal", 500),
-        ("unavailable", 503), ("data_loss", 500))},
+    **{
+        f"1.7/{code}": f"HTTP {status}"
+        for code, status in (
+            ("canceled", 499),
+            ("unknown", 500),
+            ("invalid_argument", 400),
+            ("deadline_exceeded", 504),
+            ("not_found", 404),
+            ("already_exists", 409),
+            ("permission_denied", 403),
+            ("resource_exhausted", 429),
+            ("failed_precondition", 400),
+            ("unauthenticated", 401),
+            ("aborted", 409),
+            ("out_of_range", 400),
+            ("unimplemented", 501),
+            ("internal", 500),
+            ("unavailable", 503),
+            ("data_loss", 500),
+        )
+    },
     "1.7/body": "JSON code and message, application/json",
     "1.7/unknown-procedure": "404",
     # 1.8 SDK mapping
-    **{f"1.8/{name}": text for name, text in (
-        ("invalid_argument", "InvalidArgument"), ("unauthenticated", "Authentication"), ("not_found", "NotFound"),
-        ("file-not-found", "FileNotFound on filesystem calls"), ("kill-false", "kill of nobody is False"),
-        ("exists-false", "exists of nothing is False"), ("connect", "connect(pid) of nobody is NotFound"),
-        ("already_exists", "make_dir returns False"), ("resource_exhausted", "RateLimit"),
-        ("unavailable", "Timeout: sandbox not found"), ("deadline_exceeded", "Timeout"), ("others", "SandboxException code: message"),
-        ("http-bodies", "non-Connect bodies by status"), ("probe", "GET /health after a broken stream"))},
+    **{
+        f"1.8/{name}": text
+        for name, text in (
+            ("invalid_argument", "InvalidArgument"),
+            ("unauthenticated", "Authentication"),
+            ("not_found", "NotFound"),
+            ("file-not-found", "FileNotFound on filesystem calls"),
+            ("kill-false", "kill of nobody is False"),
+            ("exists-false", "exists of nothing is False"),
+            ("connect", "connect(pid) of nobody is NotFound"),
+            ("already_exists", "make_dir returns False"),
+            ("resource_exhausted", "RateLimit"),
+            ("unavailable", "Timeout: sandbox not found"),
+            ("deadline_exceeded", "Timeout"),
+            ("others", "SandboxException code: message"),
+            ("http-bodies", "non-Connect bodies by status"),
+            ("probe", "GET /health after a broken stream"),
+        )
+    },
     # 1.9 legacy
     "1.9/entries": "User-Agent connect-python: EntryInfo is name, type, path",
     "1.9/events": "events are name, type",
     "1.9/process": "process replies in their old shape",
     "1.9/header": "X-E2B-Legacy-SDK: true",
     # 1.10 errors
-    **{f"1.10/{name}": text for name, text in (
-        ("basic-unknown", "invalid username: '<u>'"),
-        ("default-user", "invalid default user: '<u>'"),
-        ("pid", "process with pid <n> not found"),
-        ("tag", "process with tag <t> not found"),
-        ("selector", "unimplemented: invalid input type"),
-        ("cwd-missing", "cwd '<path>' does not exist"),
-        ("cwd-home", "cannot expand user-specific home dir"),
-        ("spawn", "error starting process '<cmd args>': <os error>"),
-        ("spawn-pty", "error starting pty with command"),
-        ("timeout-header", "malformed Connect-Timeout-Ms"),
-        ("deadline", "deadline_exceeded"),
-        ("stdin-closed", "error writing to stdin: stdin not enabled or closed"),
-        ("stdin-broken", "broken pipe"),
-        ("wrong-channel", "the message says which channel to use"),
-        ("no-input", "invalid input type"),
-        ("streaminput-event", "invalid event type"),
-        ("streaminput-order", "data before start: failed_precondition"),
-        ("streaminput-broken", "error streaming input"),
-        ("signal", "invalid signal"),
-        ("signal-finished", "error sending signal: os: process already finished"),
-        ("update", "error resizing tty: tty not assigned to process"),
-        ("closestdin-pty", "cannot close stdin for PTY process"),
-        ("closestdin-again", "closing twice is fine"),
-        ("watch-missing", "path … not found"),
-        ("watch-file", "path … not a directory"),
-        ("watch-network", "cannot watch path on network filesystem"),
-        ("watcher", "watcher with id <id> not found"),
-        ("frozen", "0.9: target cgroup frozen: unavailable"),
-        ("exhausted", "0.9: EAGAIN and friends: resource_exhausted"),
-        ("missing-program", "start, then end with 127"))},
+    **{
+        f"1.10/{name}": text
+        for name, text in (
+            ("basic-unknown", "invalid username: '<u>'"),
+            ("default-user", "invalid default user: '<u>'"),
+            ("pid", "process with pid <n> not found"),
+            ("tag", "process with tag <t> not found"),
+            ("selector", "unimplemented: invalid input type"),
+            ("cwd-missing", "cwd '<path>' does not exist"),
+            ("cwd-home", "cannot expand user-specific home dir"),
+            ("spawn", "error starting process '<cmd args>': <os error>"),
+            ("spawn-pty", "error starting pty with command"),
+            ("timeout-header", "malformed Connect-Timeout-Ms"),
+            ("deadline", "deadline_exceeded"),
+            ("stdin-closed", "error writing to stdin: stdin not enabled or closed"),
+            ("stdin-broken", "broken pipe"),
+            ("wrong-channel", "the message says which channel to use"),
+            ("no-input", "invalid input type"),
+            ("streaminput-event", "invalid event type"),
+            ("streaminput-order", "data before start: failed_precondition"),
+            ("streaminput-broken", "error streaming input"),
+            ("signal", "invalid signal"),
+            ("signal-finished", "error sending signal: os: process already finished"),
+            ("update", "error resizing tty: tty not assigned to process"),
+            ("closestdin-pty", "cannot close stdin for PTY process"),
+            ("closestdin-again", "closing twice is fine"),
+            ("watch-missing", "path … not found"),
+            ("watch-file", "path … not a directory"),
+            ("watch-network", "cannot watch path on network filesystem"),
+            ("watcher", "watcher with id <id> not found"),
+            ("frozen", "0.9: target cgroup frozen: unavailable"),
+            ("exhausted", "0.9: EAGAIN and friends: resource_exhausted"),
+            ("missing-program", "start, then end with 127"),
+        )
+    },
     # 2 processes
     "2.1/basic": "Basic auth names the user, the password is ignored",
     "2.1/everywhere": "an unknown user is refused on every route",
@@ -379,7 +425,9 @@ def case_name(item) -> str:
 def count(items) -> tuple[int, int]:
     """How many cases there are, and how many of them also run through hostd."""
     cases = {case_name(item) for item in items if item.get_closest_marker("contract")}
-    machines = {case_name(item) for item in items if item.get_closest_marker("contract") and item.get_closest_marker("through_hostd")}
+    machines = {
+        case_name(item) for item in items if item.get_closest_marker("contract") and item.get_closest_marker("through_hostd")
+    }
     return len(cases), len(machines)
 
 
@@ -391,5 +439,7 @@ def render(found: dict[str, list[str]]) -> str:
             lines += [f"    {name}" for name in found[row]]
         else:
             lines.append(f"    none: {WITHOUT.get(row, 'NO CASE AND NO REASON')}")
-    lines.append(f"{len(ROWS)} rows, {sum(row in found for row in ROWS)} with cases, {sum(row in WITHOUT for row in ROWS)} with a reason")
+    lines.append(
+        f"{len(ROWS)} rows, {sum(row in found for row in ROWS)} with cases, {sum(row in WITHOUT for row in ROWS)} with a reason"
+    )
     return "\n".join(lines)

@@ -52,7 +52,9 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("token", [None, "", "wrong", TOKEN[:-1], f"{TOKEN}x", TOKEN.lower()], ids=["none", "empty", "wrong", "short", "long", "case"])
+@pytest.mark.parametrize(
+    "token", [None, "", "wrong", TOKEN[:-1], f"{TOKEN}x", TOKEN.lower()], ids=["none", "empty", "wrong", "short", "long", "case"]
+)
 @pytest.mark.parametrize("verb, path", ROUTES, ids=[path for _, path in ROUTES])
 @contract("5/token", "5/failure")
 def test_without_the_token_a_call_is_refused_in_the_contracts_words(secured_once, verb, path, token):
@@ -98,7 +100,9 @@ def test_with_the_token_a_call_is_answered(secured_once, verb, path):
 
 
 @contract("5/open")
-@pytest.mark.parametrize("verb, path", [("POST", "/process.Process/List"), ("GET", "/envs"), ("GET", "/metrics"), ("GET", "/files?path=/etc/hostname")])
+@pytest.mark.parametrize(
+    "verb, path", [("POST", "/process.Process/List"), ("GET", "/envs"), ("GET", "/metrics"), ("GET", "/files?path=/etc/hostname")]
+)
 @pytest.mark.parametrize("token", [None, "anything"])
 def test_before_a_token_is_set_everything_is_open(fresh_once, verb, path, token):
     headers = {} if token is None else {"X-Access-Token": token}
@@ -146,7 +150,9 @@ def test_the_contracts_vector_is_a_valid_signature(secured_once):
 def test_a_signed_url_uploads_and_downloads(secured, path, expires):
     path = path.format(box="/home/user")
     until = None if expires is None else int(time.time()) + expires
-    answer = secured.http.post("/files", params={"path": path, **sign(path, "write", expires=until)}, content=b"signed", headers=OCTETS)
+    answer = secured.http.post(
+        "/files", params={"path": path, **sign(path, "write", expires=until)}, content=b"signed", headers=OCTETS
+    )
     assert answer.status_code == 200, answer.text
     answer = secured.http.get("/files", params={"path": path, **sign(path, "read", expires=until)})
     assert (answer.status_code, answer.content) == (200, b"signed")
@@ -166,10 +172,19 @@ WRONG = {
     "user-not-signed": ("read", {**sign("/etc/hostname", "read"), "path": "/etc/hostname", "username": "root"}),
     "another-token": ("read", {**sign("/etc/hostname", "read", token="other"), "path": "/etc/hostname"}),
     "expiry-added": ("read", {**sign("/etc/hostname", "read"), "path": "/etc/hostname", "signature_expiration": "99999999999"}),
-    "expiry-removed": ("read", {"signature": sign("/etc/hostname", "read", expires=99999999999)["signature"], "path": "/etc/hostname"}),
+    "expiry-removed": (
+        "read",
+        {"signature": sign("/etc/hostname", "read", expires=99999999999)["signature"], "path": "/etc/hostname"},
+    ),
     "padded": ("read", {"signature": sign("/etc/hostname", "read")["signature"] + "=", "path": "/etc/hostname"}),
-    "version-2": ("read", {"signature": sign("/etc/hostname", "read")["signature"].replace("v1_", "v2_"), "path": "/etc/hostname"}),
-    "no-version": ("read", {"signature": sign("/etc/hostname", "read")["signature"].removeprefix("v1_"), "path": "/etc/hostname"}),
+    "version-2": (
+        "read",
+        {"signature": sign("/etc/hostname", "read")["signature"].replace("v1_", "v2_"), "path": "/etc/hostname"},
+    ),
+    "no-version": (
+        "read",
+        {"signature": sign("/etc/hostname", "read")["signature"].removeprefix("v1_"), "path": "/etc/hostname"},
+    ),
     "empty": ("read", {"signature": "", "path": "/etc/hostname"}),
     "write-with-read": ("write", {**sign("/tmp/never", "read"), "path": "/tmp/never"}),
 }
@@ -189,7 +204,9 @@ def test_a_signature_for_something_else_is_invalid(secured_once, case):
 @contract("5/missing", "4.5/auth", "4.6/401")
 @pytest.mark.parametrize("verb", ["GET", "POST"])
 def test_neither_token_nor_signature_is_told(secured_once, verb):
-    answer = secured_once.http.request(verb, "/files", params={"path": "/tmp/x"}, headers=OCTETS, content=b"x" if verb == "POST" else None)
+    answer = secured_once.http.request(
+        verb, "/files", params={"path": "/tmp/x"}, headers=OCTETS, content=b"x" if verb == "POST" else None
+    )
     refused(answer, "missing signature query parameter")
 
 
@@ -198,7 +215,9 @@ def test_neither_token_nor_signature_is_told(secured_once, verb):
 @pytest.mark.parametrize("token", ["wrong", ""])
 def test_a_wrong_header_is_refused_whatever_the_signature(secured_once, verb, token):
     query = {"path": "/tmp/never", **sign("/tmp/never", "read" if verb == "GET" else "write")}
-    answer = secured_once.http.request(verb, "/files", params=query, headers={**OCTETS, "X-Access-Token": token}, content=b"x" if verb == "POST" else None)
+    answer = secured_once.http.request(
+        verb, "/files", params=query, headers={**OCTETS, "X-Access-Token": token}, content=b"x" if verb == "POST" else None
+    )
     assert answer.status_code == 401 or token == ""
     if token:
         refused(answer, "access token present in header but does not match")
@@ -243,11 +262,20 @@ def test_a_signed_url_works_through_hostd_without_headers(plane, box):
 
 # --- the host's alone ---
 
-CONTROL = {"/freeze": "4.8/host-only", "/unfreeze": "4.8/host-only", "/fsfreeze": "4.9/host-only", "/fsthaw": "4.9/host-only", "/collapse": "4.10/host-only", "/upgrade": "4.11/host-only"}
+CONTROL = {
+    "/freeze": "4.8/host-only",
+    "/unfreeze": "4.8/host-only",
+    "/fsfreeze": "4.9/host-only",
+    "/fsthaw": "4.9/host-only",
+    "/collapse": "4.10/host-only",
+    "/upgrade": "4.11/host-only",
+}
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, marks=contract(row)) for path, row in CONTROL.items()])
-@pytest.mark.parametrize("credential", [{}, {"X-Guestd-Control": ""}, {"X-Guestd-Control": "guess"}], ids=["none", "empty", "guess"])
+@pytest.mark.parametrize(
+    "credential", [{}, {"X-Guestd-Control": ""}, {"X-Guestd-Control": "guess"}], ids=["none", "empty", "guess"]
+)
 def test_control_is_refused_to_who_has_the_token_only(secured_once, path, credential):
     for verb in ("POST", "GET"):
         answer = secured_once.http.request(verb, path, headers={**GOOD, **credential})
@@ -258,7 +286,17 @@ def test_control_is_refused_to_who_has_the_token_only(secured_once, path, creden
 @pytest.mark.parametrize("path", [pytest.param(path, marks=contract(row)) for path, row in CONTROL.items()])
 def test_control_does_not_pass_the_proxy_in_any_spelling(plane, path):
     bare = path.removeprefix("/")
-    for spelling in (path, f"/{path}", f"{path}/", f"/.{path}", f"/x/..{path}", f"{path}?mode=legacy", f"{path}%2f", f"/%{ord(bare[0]):02x}{bare[1:]}", path.upper()):
+    for spelling in (
+        path,
+        f"/{path}",
+        f"{path}/",
+        f"/.{path}",
+        f"/x/..{path}",
+        f"{path}?mode=legacy",
+        f"{path}%2f",
+        f"/%{ord(bare[0]):02x}{bare[1:]}",
+        path.upper(),
+    ):
         connection = http.client.HTTPConnection(*plane.address, timeout=10)
         connection.request("POST", spelling, headers={**plane.headers, "Content-Length": "0"})
         answer = connection.getresponse()

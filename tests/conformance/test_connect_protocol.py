@@ -124,7 +124,12 @@ def test_a_unary_answer_echoes_the_codec(plane, codec):
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Connect-Protocol-Version": "1", "Connect-Timeout-Ms": "60000", "Accept-Encoding": "identity", "User-Agent": "e2b-python-sdk/2.63.0"},
+        {
+            "Connect-Protocol-Version": "1",
+            "Connect-Timeout-Ms": "60000",
+            "Accept-Encoding": "identity",
+            "User-Agent": "e2b-python-sdk/2.63.0",
+        },
         {"Connect-Protocol-Version": "1", "Accept": "*/*", "Accept-Language": "*", "User-Agent": "e2b-js-sdk/2.51.0"},
         {"Content-Encoding": "identity", "Accept-Encoding": "gzip", "User-Agent": "novita-sandbox-python-sdk/2.1.1"},
         {"Novita-Sandbox-Id": "x", "X-Novita-SDK-Name": "novita", "X-Novita-SDK-Version": "2.1.1"},
@@ -192,7 +197,14 @@ def test_an_unknown_encoding_is_unimplemented(plane, kind):
 @contract("1.6/malformed")
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\0", b"\0\0\0\0", b"\0\0\0\0\x05{}", b"\0\xff\xff\xff\xff{}", envelope({"process": process("/bin/true")}, COMPRESSED)],
+    [
+        b"",
+        b"\0",
+        b"\0\0\0\0",
+        b"\0\0\0\0\x05{}",
+        b"\0\xff\xff\xff\xff{}",
+        envelope({"process": process("/bin/true")}, COMPRESSED),
+    ],
     ids=["empty", "one-byte", "header-cut", "payload-cut", "four-gigabytes", "compressed-without-encoding"],
 )
 def test_a_broken_envelope_is_refused_and_the_agent_lives(plane, body):
@@ -208,7 +220,9 @@ def test_a_broken_envelope_is_refused_and_the_agent_lives(plane, body):
 
 @contract("1.6/malformed")
 def test_a_second_message_in_a_start_starts_nothing_else(plane, box):
-    body = envelope({"process": process("/usr/bin/touch", f"{box}/one")}) + envelope({"process": process("/usr/bin/touch", f"{box}/two")})
+    body = envelope({"process": process("/usr/bin/touch", f"{box}/one")}) + envelope(
+        {"process": process("/usr/bin/touch", f"{box}/two")}
+    )
     end_frame(post(plane, "process.Process/Start", body, JSON_STREAM))
     assert "two" not in plane.sh(f"ls {box}")
 
@@ -228,7 +242,9 @@ def test_one_connection_carries_many_calls(plane):
     connection = http.client.HTTPConnection(*plane.address, timeout=10)
     sockets = set()
     for path in ("/", "/no/such/file", "/"):
-        connection.request("POST", "/filesystem.Filesystem/Stat", json.dumps({"path": path}), {"Content-Type": "application/json"})
+        connection.request(
+            "POST", "/filesystem.Filesystem/Stat", json.dumps({"path": path}), {"Content-Type": "application/json"}
+        )
         sockets.add(connection.sock)
         answer = connection.getresponse()
         assert answer.status == (200 if path == "/" else 404)

@@ -15,7 +15,19 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found():
     """What a collection of this folder alone says, whatever was selected for this run."""
-    command = [sys.executable, "-m", "pytest", str(HERE), "-n", "0", "-q", "--contract-map", "json", "-c", str(HERE.parent / "pytest.ini")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(HERE),
+        "-n",
+        "0",
+        "-q",
+        "--contract-map",
+        "json",
+        "-c",
+        str(HERE.parent / "pytest.ini"),
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=HERE.parent)
     line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)

@@ -48,7 +48,9 @@ def test_a_file_is_downloaded_with_its_headers(plane, box, path):
     plane.sh(f"touch -d '2024-02-03T04:05:06Z' {box}/file")
     answer = get(plane, path.format(box=box, short=box.removeprefix(f"{HOME}/")))
     assert (answer.status_code, answer.content) == (200, b"hello\n")
-    assert answer.headers["vary"].lower().split(", ")[0] == "accept-encoding" or "accept-encoding" in answer.headers["vary"].lower()
+    assert (
+        answer.headers["vary"].lower().split(", ")[0] == "accept-encoding" or "accept-encoding" in answer.headers["vary"].lower()
+    )
     assert answer.headers["content-disposition"] == "inline; filename=file"
     assert answer.headers["last-modified"] == "Sat, 03 Feb 2024 04:05:06 GMT"
     assert answer.headers["content-length"] == "6"
@@ -110,7 +112,9 @@ def test_a_folder_is_not_downloaded(plane, path, full):
 @pytest.mark.parametrize("verb", ["GET", "POST"])
 @contract("4.5/path", "4.6/400", "3.1/other-home")
 def test_another_users_home_is_400(plane, verb):
-    answer = plane.http.request(verb, "/files", params={"path": "~root/x"}, content=b"x" if verb == "POST" else None, headers=OCTETS)
+    answer = plane.http.request(
+        verb, "/files", params={"path": "~root/x"}, content=b"x" if verb == "POST" else None, headers=OCTETS
+    )
     refused(answer, 400, contains="cannot expand user-specific home dir")
 
 
@@ -240,7 +244,10 @@ def test_octets_become_the_file(plane, box, size):
     assert answer.status_code == 200
     assert answer.json() == [{"path": f"{box}/a/b/file", "name": "file", "type": "file"}]
     assert get(plane, f"{box}/a/b/file").content == data
-    assert plane.sh(f"cd {box}; stat -c '%U:%G %a %s' a a/b a/b/file | sed 's/ 4096$//; s/ [0-9]*0$/&/'").splitlines()[-1] == f"user:user 644 {size}"
+    assert (
+        plane.sh(f"cd {box}; stat -c '%U:%G %a %s' a a/b a/b/file | sed 's/ 4096$//; s/ [0-9]*0$/&/'").splitlines()[-1]
+        == f"user:user 644 {size}"
+    )
     assert plane.sh(f"cd {box}; stat -c '%U:%G %a' a a/b") == "user:user 755\n" * 2
 
 
@@ -251,7 +258,8 @@ def test_each_part_goes_where_its_name_says(plane, box):
     answer = parts(plane, (f"{box}/a/one.txt", b"1"), (f"{short}/b/c/two.txt", b"22"), (f"~/{short}/three", b""))
     assert answer.status_code == 200, answer.text
     assert answer.json() == [
-        {"path": f"{box}/{name}", "name": name.rsplit("/", 1)[-1], "type": "file"} for name in ("a/one.txt", "b/c/two.txt", "three")
+        {"path": f"{box}/{name}", "name": name.rsplit("/", 1)[-1], "type": "file"}
+        for name in ("a/one.txt", "b/c/two.txt", "three")
     ]
     assert plane.sh(f"cd {box}; cat a/one.txt b/c/two.txt three") == "122"
 
@@ -260,7 +268,10 @@ def test_each_part_goes_where_its_name_says(plane, box):
 @contract("4.6/path-wins", "4.6/other-fields")
 def test_the_query_wins_and_other_fields_are_ignored(plane, box):
     answer = plane.http.post(
-        "/files", params={"path": f"{box}/here"}, files={"file": ("elsewhere", b"x"), "other": ("nope", b"y")}, data={"text": "ignored"}
+        "/files",
+        params={"path": f"{box}/here"},
+        files={"file": ("elsewhere", b"x"), "other": ("nope", b"y")},
+        data={"text": "ignored"},
     )
     assert answer.json() == [{"path": f"{box}/here", "name": "here", "type": "file"}]
     assert plane.sh(f"ls {box}") == "here\n"
@@ -275,8 +286,10 @@ def test_the_same_path_twice_is_400(plane, box, second):
 
 @contract("4.6/multipart")
 def test_any_multipart_type_is_accepted(plane, box):
-    body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\ndata\r\n--B--\r\n"
-    answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=body, headers={"Content-Type": "multipart/mixed; boundary=B"})
+    body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\ndata\r\n--B--\r\n'
+    answer = plane.http.post(
+        "/files", params={"path": f"{box}/file"}, content=body, headers={"Content-Type": "multipart/mixed; boundary=B"}
+    )
     assert answer.status_code == 200, answer.text
     assert plane.content(f"{box}/file") == b"data"
 
@@ -296,7 +309,7 @@ def test_a_gzipped_body_is_unpacked(plane, box, form):
     if form == "octets":
         answer = put(plane, gzip.compress(b"plain"), f"{box}/file", {"Content-Encoding": "gzip"})
     else:
-        body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"x\"\r\n\r\nplain\r\n--B--\r\n"
+        body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nplain\r\n--B--\r\n'
         headers = {"Content-Type": "multipart/form-data; boundary=B", "Content-Encoding": "gzip"}
         answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=gzip.compress(body), headers=headers)
     assert answer.status_code == 200, answer.text
@@ -330,7 +343,11 @@ def test_metadata_goes_with_the_file_and_is_replaced(fresh_or_plane, form):
     plane, box = fresh_or_plane
 
     def send(headers: dict):
-        return put(plane, b"x", f"{box}/file", headers) if form == "octets" else parts(plane, ("file", b"x"), path=f"{box}/file", headers=headers)
+        return (
+            put(plane, b"x", f"{box}/file", headers)
+            if form == "octets"
+            else parts(plane, ("file", b"x"), path=f"{box}/file", headers=headers)
+        )
 
     answer = send({"X-Metadata-Key-One": "first value", "X-METADATA-two": "2"})
     wanted = {"key-one": "first value", "two": "2"}
@@ -393,7 +410,7 @@ def test_an_upload_belongs_to_the_user_of_the_query(plane, box, user):
 @pytest.mark.parametrize(
     "body, boundary",
     [
-        (b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\ncut off", "B"),
+        (b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\ncut off', "B"),
         (b"no boundary at all", "B"),
         (b"--B\r\nContent-Disposition", "B"),
         (b"x", ""),
@@ -502,7 +519,18 @@ def test_compose_takes_paths_below_home(plane, box):
         [],
         None,
     ],
-    ids=["no-sources", "sources-absent", "no-destination", "empty-destination", "itself", "folder", "other-home", "no-list", "no-object", "null"],
+    ids=[
+        "no-sources",
+        "sources-absent",
+        "no-destination",
+        "empty-destination",
+        "itself",
+        "folder",
+        "other-home",
+        "no-list",
+        "no-object",
+        "null",
+    ],
 )
 @contract("4.7/400")
 def test_what_cannot_be_composed_is_400_and_harms_nothing(plane, box, body):

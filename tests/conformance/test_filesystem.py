@@ -20,7 +20,18 @@ def names(plane, path: str, depth: int = 1) -> list[str]:
 
 
 @hosted
-@pytest.mark.parametrize("path, real", [("", HOME), ("~", HOME), ("~/", HOME), ("~/sub", f"{HOME}/sub"), ("sub", f"{HOME}/sub"), ("./sub", f"{HOME}/sub"), ("sub/../sub", f"{HOME}/sub")])
+@pytest.mark.parametrize(
+    "path, real",
+    [
+        ("", HOME),
+        ("~", HOME),
+        ("~/", HOME),
+        ("~/sub", f"{HOME}/sub"),
+        ("sub", f"{HOME}/sub"),
+        ("./sub", f"{HOME}/sub"),
+        ("sub/../sub", f"{HOME}/sub"),
+    ],
+)
 @contract("3.1/empty", "3.1/tilde", "3.1/relative", "3.3/path", "1.1/Stat")
 def test_a_path_is_below_the_users_home(plane, path, real):
     plane.sh(f"install -d -o user -g user {HOME}/sub")
@@ -69,7 +80,18 @@ def test_a_path_with_a_zero_byte_is_an_invalid_argument(plane, method):
 
 @hosted
 @CODECS
-@contract("1.3/EntryInfo", "1.3/Stat", "3.3/name", "3.3/path", "3.3/type", "3.3/mode", "3.3/permissions", "3.3/size", "3.3/owner", "3.3/modified")
+@contract(
+    "1.3/EntryInfo",
+    "1.3/Stat",
+    "3.3/name",
+    "3.3/path",
+    "3.3/type",
+    "3.3/mode",
+    "3.3/permissions",
+    "3.3/size",
+    "3.3/owner",
+    "3.3/modified",
+)
 def test_a_file_tells_everything_about_itself(plane, box, codec):
     plane.put(f"{box}/file", "hello", owner="nobody", mode="640")
     plane.sh(f"touch -d @1700000000 {box}/file")
@@ -124,7 +146,9 @@ LINKS = [
 
 @hosted
 @pytest.mark.parametrize("made, kind, mode, target", LINKS, ids=["folder", "file", "twice", "through-a-link", "broken", "cyclic"])
-@contract("3.3/type", "3.3/symlink-target", "3.3/is-symlink", "3.3/mode", "3.3/permissions", "3.3/size", "1.3/FileType", "10/old-proto")
+@contract(
+    "3.3/type", "3.3/symlink-target", "3.3/is-symlink", "3.3/mode", "3.3/permissions", "3.3/size", "1.3/FileType", "10/old-proto"
+)
 def test_a_link_has_its_targets_type_and_the_resolved_path(plane, box, made, kind, mode, target):
     plane.sh(f"cd {box}; umask 022; {made}")
     entry = plane.fs("Stat", path=f"{box}/x").ok()["entry"]
@@ -132,7 +156,11 @@ def test_a_link_has_its_targets_type_and_the_resolved_path(plane, box, made, kin
     assert entry["permissions"] == "Lrwxrwxrwx"
     assert entry["symlinkTarget"] == f"{box}/{target}"
     assert entry["isSymlink"] is True
-    assert entry["size"] == str(len(os.readlink(f"/proc/{plane.guestd.process.pid}/root{box}/x")) if plane.guestd else int(plane.sh(f"stat -c %s {box}/x")))
+    assert entry["size"] == str(
+        len(os.readlink(f"/proc/{plane.guestd.process.pid}/root{box}/x"))
+        if plane.guestd
+        else int(plane.sh(f"stat -c %s {box}/x"))
+    )
 
 
 @hosted
@@ -256,7 +284,12 @@ def test_a_folder_of_two_thousand_is_listed_whole(plane, box):
 @contract("1.1/MakeDir", "1.3/MakeDir", "3.2/mkdir", "3.5/created")
 def test_made_folders_are_the_users_with_all_their_parents(plane, box, codec):
     entry = plane.fs("MakeDir", codec, path=f"{box}/a/b/c").ok()["entry"]
-    assert (entry["name"], entry["type"], entry["path"], entry["permissions"]) == ("c", "FILE_TYPE_DIRECTORY", f"{box}/a/b/c", "drwxr-xr-x")
+    assert (entry["name"], entry["type"], entry["path"], entry["permissions"]) == (
+        "c",
+        "FILE_TYPE_DIRECTORY",
+        f"{box}/a/b/c",
+        "drwxr-xr-x",
+    )
     assert plane.sh(f"cd {box}; stat -c '%U:%G %a' a a/b a/b/c") == "user:user 755\n" * 3
 
 
@@ -365,7 +398,9 @@ def test_a_remove_takes_everything_below_and_is_content_with_nothing(plane, box,
 @hosted
 @contract("3.2/remove")
 def test_a_remove_takes_the_link_and_not_its_target(plane, box):
-    plane.sh(f"cd {box}; mkdir precious; touch precious/file; ln -s precious link; mkdir d; ln -s ../precious d/inner; chown -hR user:user .")
+    plane.sh(
+        f"cd {box}; mkdir precious; touch precious/file; ln -s precious link; mkdir d; ln -s ../precious d/inner; chown -hR user:user ."
+    )
     for path in ("link", "d"):
         plane.fs("Remove", path=f"{box}/{path}").ok()
     assert names(plane, box, 2) == ["precious", "precious/file"]

@@ -37,7 +37,17 @@ def test_health_is_204_and_not_to_be_kept(plane):
 
 @pytest.mark.parametrize(
     "verb, path",
-    [("POST", "/health"), ("HEAD", "/health"), ("POST", "/metrics"), ("HEAD", "/metrics"), ("PUT", "/envs"), ("GET", "/init"), ("PUT", "/init"), ("HEAD", "/files"), ("GET", "/files/compose")],
+    [
+        ("POST", "/health"),
+        ("HEAD", "/health"),
+        ("POST", "/metrics"),
+        ("HEAD", "/metrics"),
+        ("PUT", "/envs"),
+        ("GET", "/init"),
+        ("PUT", "/init"),
+        ("HEAD", "/files"),
+        ("GET", "/files/compose"),
+    ],
 )
 @contract("4/wrong-method")
 def test_another_method_is_405(plane, verb, path):
@@ -84,7 +94,10 @@ def test_every_method_is_allowed_across_origins(plane, method):
 
 @hosted
 @contract("4.1/headers")
-@pytest.mark.parametrize("verb, path", [("GET", "/health"), ("GET", "/files?path=/no/such"), ("POST", "/process.Process/List"), ("POST", "/process.Process/Start")])
+@pytest.mark.parametrize(
+    "verb, path",
+    [("GET", "/health"), ("GET", "/files?path=/no/such"), ("POST", "/process.Process/List"), ("POST", "/process.Process/Start")],
+)
 def test_an_answer_may_be_read_across_origins(plane, verb, path):
     answer = plane.http.request(verb, path, headers={"Origin": "https://app.example"}, json={} if verb == "POST" else None)
     assert answer.headers["access-control-allow-origin"] == "*"
@@ -109,7 +122,18 @@ def test_metrics_tell_the_machine(plane):
     answer = plane.http.get("/metrics")
     assert answer.headers["cache-control"] == "no-store"
     told = answer.json()
-    wanted = {"ts", "cpu_count", "cpu_used_pct", "mem_total", "mem_used", "mem_cache", "mem_total_mib", "mem_used_mib", "disk_total", "disk_used"}
+    wanted = {
+        "ts",
+        "cpu_count",
+        "cpu_used_pct",
+        "mem_total",
+        "mem_used",
+        "mem_cache",
+        "mem_total_mib",
+        "mem_used_mib",
+        "disk_total",
+        "disk_used",
+    }
     assert wanted <= set(told)
     assert abs(told["ts"] - int(plane.sh("date +%s"))) <= 2
     assert told["cpu_count"] == int(plane.sh("nproc --all"))
@@ -152,7 +176,21 @@ def test_the_version_is_plain_and_opens_every_gate(fresh):
 
 
 @contract("4.3/400", "4.3/headers")
-@pytest.mark.parametrize("body", [b"{", b"[]", b"5", b'{"envVars": []}', b'{"envVars": {"A": 1}}', b'{"accessToken": 5}', b'{"defaultUser": {}}', b'{"timestamp": "soon"}', b'{"timestamp": 5}', b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"5",
+        b'{"envVars": []}',
+        b'{"envVars": {"A": 1}}',
+        b'{"accessToken": 5}',
+        b'{"defaultUser": {}}',
+        b'{"timestamp": "soon"}',
+        b'{"timestamp": 5}',
+        b"\xff",
+    ],
+)
 def test_an_init_that_is_none_is_400_and_changes_nothing(fresh, body):
     assert init(fresh, {"envVars": {"A": "1"}}).status_code == 204
     answer = init(fresh, body)
@@ -178,7 +216,12 @@ def test_variables_are_replaced_as_a_whole_and_kept_when_absent(fresh):
 def test_the_sandboxs_own_variables_cannot_be_replaced(fresh):
     before = envs(fresh)
     assert before["E2B_SANDBOX"] == "false"
-    assert init(fresh, {"envVars": {"E2B_SANDBOX": "mine", "E2B_SANDBOX_ID": "mine", "E2B_TEMPLATE_ID": "mine", "A": "1"}}).status_code == 204
+    assert (
+        init(
+            fresh, {"envVars": {"E2B_SANDBOX": "mine", "E2B_SANDBOX_ID": "mine", "E2B_TEMPLATE_ID": "mine", "A": "1"}}
+        ).status_code
+        == 204
+    )
     told = envs(fresh)
     assert told["A"] == "1"
     assert told["E2B_SANDBOX"] == "false"
@@ -211,7 +254,9 @@ def test_a_token_is_set_kept_and_never_taken_over(fresh):
 @contract("4.3/401")
 def test_a_refused_init_applies_nothing(fresh):
     assert init(fresh, {"accessToken": FIRST, "defaultUser": "user", "envVars": {"A": "1"}}).status_code == 204
-    assert init(fresh, {"accessToken": "x", "defaultUser": "root", "envVars": {"A": "2"}, "defaultWorkdir": "/"}).status_code == 401
+    assert (
+        init(fresh, {"accessToken": "x", "defaultUser": "root", "envVars": {"A": "2"}, "defaultWorkdir": "/"}).status_code == 401
+    )
     assert envs(fresh, FIRST)["A"] == "1"
     assert fresh.start("/bin/sh", "-c", "id -un; pwd", headers={"X-Access-Token": FIRST}).stdout == b"user\n/home/user\n"
 
@@ -250,7 +295,9 @@ def test_an_older_init_is_accepted_and_applies_nothing(fresh):
 
 
 @contract("4.3/timestamp")
-@pytest.mark.parametrize("text", ["2026-01-02T03:04:05Z", "2026-01-02T03:04:05.123456789Z", "2026-01-02T03:04:05+02:00", "2026-01-02T03:04:05.5-11:30"])
+@pytest.mark.parametrize(
+    "text", ["2026-01-02T03:04:05Z", "2026-01-02T03:04:05.123456789Z", "2026-01-02T03:04:05+02:00", "2026-01-02T03:04:05.5-11:30"]
+)
 def test_every_spelling_of_rfc_3339_is_read(fresh, text):
     assert init(fresh, {"timestamp": text}).status_code == 204
 

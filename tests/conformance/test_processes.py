@@ -293,7 +293,9 @@ def test_a_link_to_a_folder_is_entered(plane, box):
 
 
 @CODECS
-@pytest.mark.parametrize("cwd, said", [("/no/such/folder", "/no/such/folder"), ("~/none", f"{HOME}/none"), ("none", f"{HOME}/none")])
+@pytest.mark.parametrize(
+    "cwd, said", [("/no/such/folder", "/no/such/folder"), ("~/none", f"{HOME}/none"), ("none", f"{HOME}/none")]
+)
 @contract("2.4/missing", "1.10/cwd-missing", "1.7/invalid_argument", "1.6/status")
 def test_a_missing_folder_is_told_with_its_full_path(plane, codec, cwd, said):
     ran = plane.start("/bin/true", cwd=cwd, codec=codec)
@@ -442,7 +444,12 @@ def test_input_of_no_kind_is_unimplemented(plane, codec):
 # --- selectors ---
 
 BY_SELECTOR = ["SendInput", "SendSignal", "CloseStdin", "Update"]
-EXTRA = {"SendInput": {"input": {"stdin": "eA=="}}, "SendSignal": {"signal": "SIGNAL_SIGTERM"}, "CloseStdin": {}, "Update": {"pty": {"size": {"cols": 80, "rows": 24}}}}
+EXTRA = {
+    "SendInput": {"input": {"stdin": "eA=="}},
+    "SendSignal": {"signal": "SIGNAL_SIGTERM"},
+    "CloseStdin": {},
+    "Update": {"pty": {"size": {"cols": 80, "rows": 24}}},
+}
 
 
 @hosted
@@ -546,5 +553,3 @@ def test_streamed_input_that_breaks_off_keeps_what_came_whole(plane):
         assert end_frame(answer)["error"]["code"] in ("unknown", "invalid_argument", "internal", "canceled")
         assert plane.process("CloseStdin", {"process": {"pid": pid}}).ok() == {}
         assert stream.rest().stdout == b"whole"
-
-

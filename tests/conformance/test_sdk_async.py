@@ -4,7 +4,16 @@ import asyncio
 import time
 
 import pytest
-from e2b import AsyncSandbox, CommandExitException, FileNotFoundException, FilesystemEventType, InvalidArgumentException, NotFoundException, PtySize, TimeoutException
+from e2b import (
+    AsyncSandbox,
+    CommandExitException,
+    FileNotFoundException,
+    FilesystemEventType,
+    InvalidArgumentException,
+    NotFoundException,
+    PtySize,
+    TimeoutException,
+)
 
 from harness.planes import HOME
 
@@ -181,7 +190,9 @@ def test_a_watch_calls_back(go, box):
 def test_a_watch_ends_at_its_timeout(go, box):
     async def body(sandbox):
         ended = asyncio.get_running_loop().create_future()
-        await sandbox.files.watch_dir(box, lambda _: None, timeout=1, on_exit=lambda error: ended.done() or ended.set_result(error))
+        await sandbox.files.watch_dir(
+            box, lambda _: None, timeout=1, on_exit=lambda error: ended.done() or ended.set_result(error)
+        )
         began = time.monotonic()
         error = await asyncio.wait_for(ended, 10)
         return time.monotonic() - began, error

@@ -38,7 +38,11 @@ def _vendor(plane) -> dict:
 
 
 CASES = [
-    ("command", {"stdout": f"out\n{HOME}\nuser\n", "stderr": "err\n", "exitCode": 0, "error": None}, ["2.7/exit-0", "1.4/js", "8.3/debug"]),
+    (
+        "command",
+        {"stdout": f"out\n{HOME}\nuser\n", "stderr": "err\n", "exitCode": 0, "error": None},
+        ["2.7/exit-0", "1.4/js", "8.3/debug"],
+    ),
     ("exit-code", {"name": "CommandExitError", "exitCode": 7, "stdout": "out\n", "message": "exit status 7"}, ["2.7/exit-n"]),
     ("signalled", {"name": "CommandExitError", "exitCode": -1, "stdout": "", "message": "signal: terminated"}, ["2.7/signal"]),
     ("environment", "one|two words\n", ["2.3/request"]),
@@ -81,11 +85,24 @@ CASES = [
     ("make-dir", [True, False], ["1.8/already_exists"]),
     (
         "info",
-        {"name": "info", "type": "file", "path": "BOX/info", "size": 5, "mode": 0o644, "permissions": "-rw-r--r--", "owner": "user", "group": "user"},
+        {
+            "name": "info",
+            "type": "file",
+            "path": "BOX/info",
+            "size": 5,
+            "mode": 0o644,
+            "permissions": "-rw-r--r--",
+            "owner": "user",
+            "group": "user",
+        },
         ["1.3/EntryInfo", "3.3/mode", "3.3/permissions", "3.3/owner"],
     ),
     ("link", {"type": "file", "target": "BOX/l/target"}, ["3.3/symlink-target", "3.3/type"]),
-    ("list", ["BOX/t/subdir1", "BOX/t/subdir1/subdir1_1", "BOX/t/subdir1/subdir1_2", "BOX/t/subdir2"], ["3.2/list-order", "3.2/list-depth"]),
+    (
+        "list",
+        ["BOX/t/subdir1", "BOX/t/subdir1/subdir1_1", "BOX/t/subdir1/subdir1_2", "BOX/t/subdir2"],
+        ["3.2/list-order", "3.2/list-depth"],
+    ),
     ("rename-remove", ["BOX/r/deep/b", 0], ["3.2/move", "3.2/remove"]),
     ("watch", ["create", "nested"], ["1.1/WatchDir", "3.4/nested", "3.4/recursive"]),
     ("watch-entry", {"name": "file", "path": "BOX/e/file", "type": "file"}, ["3.4/entry"]),
@@ -114,7 +131,9 @@ def test_the_e2b_sdk_shows_metadata(plane, seen):
     assert seen("e2b")["metadata"]["value"] == {"kind": "report"}
 
 
-@pytest.mark.parametrize("name, expected", [case(name, expected, [*rows, "10/old-proto"]) for name, expected, rows in CASES if name not in NOT_NOVITA])
+@pytest.mark.parametrize(
+    "name, expected", [case(name, expected, [*rows, "10/old-proto"]) for name, expected, rows in CASES if name not in NOT_NOVITA]
+)
 def test_the_novita_sdk_shows(plane, seen, name, expected):
     line = seen("novita-sandbox")[name]
     value = line.get("value", line)

@@ -9,8 +9,8 @@ from e2b import (
     AuthenticationException,
     CommandExitException,
     FileNotFoundException,
-    FileType,
     FilesystemEventType,
+    FileType,
     InvalidArgumentException,
     NotFoundException,
     PtySize,
@@ -52,7 +52,10 @@ def test_a_command_answers(sandbox):
 
 @hosted
 @contract("2.7/exit-n", "2.7/signal", "1.8/others")
-@pytest.mark.parametrize("script, code, error", [("exit 5", 5, "exit status 5"), ("kill -TERM $$", -1, "signal: terminated"), ("no-such-tool", 127, "exit status 127")])
+@pytest.mark.parametrize(
+    "script, code, error",
+    [("exit 5", 5, "exit status 5"), ("kill -TERM $$", -1, "signal: terminated"), ("no-such-tool", 127, "exit status 127")],
+)
 def test_a_failure_is_an_exit_exception(sandbox, script, code, error):
     with pytest.raises(CommandExitException) as failure:
         sandbox.commands.run(f"echo out; {script}")
@@ -133,7 +136,11 @@ def test_a_command_is_listed_joined_and_killed(sandbox):
 @contract("1.6/flush", "2.6/order")
 def test_output_arrives_while_the_command_runs(sandbox):
     arrived = []
-    sandbox.commands.run("echo a; sleep 0.6; echo b >&2", on_stdout=lambda text: arrived.append((text, time.monotonic())), on_stderr=lambda text: arrived.append((text, time.monotonic())))
+    sandbox.commands.run(
+        "echo a; sleep 0.6; echo b >&2",
+        on_stdout=lambda text: arrived.append((text, time.monotonic())),
+        on_stderr=lambda text: arrived.append((text, time.monotonic())),
+    )
     assert [text for text, _ in arrived] == ["a\n", "b\n"]
     assert arrived[1][1] - arrived[0][1] > 0.4
 
@@ -197,7 +204,11 @@ def test_make_dir_is_true_once(sandbox, box):
 @contract("1.8/invalid_argument", "1.8/http-bodies", "4.5/directory", "4.6/400", "3.2/list-file")
 def test_a_folder_is_no_file_and_a_file_no_folder(sandbox, box):
     sandbox.files.write(f"{box}/file", "x")
-    for attempt in (lambda: sandbox.files.read(box), lambda: sandbox.files.write(box, "x"), lambda: sandbox.files.list(f"{box}/file")):
+    for attempt in (
+        lambda: sandbox.files.read(box),
+        lambda: sandbox.files.write(box, "x"),
+        lambda: sandbox.files.list(f"{box}/file"),
+    ):
         with pytest.raises(InvalidArgumentException):
             attempt()
 

@@ -135,7 +135,9 @@ def test_a_quiet_stream_is_kept_alive_every_second(plane, method):
     with plane.begin("/bin/sleep", "2.5", headers={"Keepalive-Ping-Interval": "1"}) as response:
         stream = Stream(response)
         if method == "Connect":
-            joined = plane.stream("Connect", {"process": {"pid": stream.until("start")["pid"]}}, headers={"Keepalive-Ping-Interval": "1"})
+            joined = plane.stream(
+                "Connect", {"process": {"pid": stream.until("start")["pid"]}}, headers={"Keepalive-Ping-Interval": "1"}
+            )
             assert joined.keepalives == 2
             assert joined.order[0] == "start"
         else:
@@ -433,7 +435,10 @@ def test_each_output_arrives_when_it_is_written(plane):
 
 
 @contract("1.6/buffering", "12/accel")
-@pytest.mark.parametrize("method, message", [("process.Process/Start", {"process": {"cmd": "/bin/true"}}), ("process.Process/Connect", {"process": {"pid": 1}})])
+@pytest.mark.parametrize(
+    "method, message",
+    [("process.Process/Start", {"process": {"cmd": "/bin/true"}}), ("process.Process/Connect", {"process": {"pid": 1}})],
+)
 def test_proxies_are_told_not_to_buffer(plane, method, message):
     answer = plane.http.post(f"/{method}", content=envelope(message), headers={"Content-Type": JSON_STREAM})
     assert answer.headers.get("x-accel-buffering") == "no"

@@ -49,7 +49,9 @@ def test_a_terminal_without_a_size_is_a_terminal(plane, pty):
 @hosted
 @contract("2.2/pty-session", "2.5/pty")
 def test_a_terminals_process_leads_a_session_and_owns_the_tty(plane):
-    ran = plane.start("/bin/bash", "-c", "echo $$ $(ps -o sid=,tpgid= -p $$); tty; : > /dev/tty && echo controlling", pty=SIZE, stdin=None)
+    ran = plane.start(
+        "/bin/bash", "-c", "echo $$ $(ps -o sid=,tpgid= -p $$); tty; : > /dev/tty && echo controlling", pty=SIZE, stdin=None
+    )
     words = ran.pty.decode().split()
     assert words[0] == words[1] == words[2] == str(ran.pid)
     assert re.fullmatch(r"/dev/pts/\d+", words[3])

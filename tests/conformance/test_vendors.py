@@ -70,7 +70,11 @@ def test_files_go_up_and_down(sandbox, package, box):
 def test_a_watcher_tells_three_events(sandbox, package, box):
     handle = sandbox.files.watch_dir(box)
     sandbox.files.write(f"{box}/new", "x")
-    assert [(event.type.value, event.name) for event in handle.get_new_events()] == [("create", "new"), ("chmod", "new"), ("write", "new")]
+    assert [(event.type.value, event.name) for event in handle.get_new_events()] == [
+        ("create", "new"),
+        ("chmod", "new"),
+        ("write", "new"),
+    ]
     handle.stop()
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from harness.connect import END, JSON_STREAM, PROTO_STREAM, envelope, frames
 from harness import proto
+from harness.connect import END, JSON_STREAM, PROTO_STREAM, envelope, frames
 
 contract = pytest.mark.contract
 hosted = pytest.mark.through_hostd
@@ -297,7 +297,14 @@ def test_a_stream_tells_entries_of_nested_files(plane, box):
 
 @hosted
 @contract("1.10/watch-missing", "1.10/watch-file", "1.6/status", "3.1/other-home")
-@pytest.mark.parametrize("path, code, text", [("{}/none", "not_found", "not found"), ("{}/file", "invalid_argument", "not a directory"), ("~nobody", "invalid_argument", "home")])
+@pytest.mark.parametrize(
+    "path, code, text",
+    [
+        ("{}/none", "not_found", "not found"),
+        ("{}/file", "invalid_argument", "not a directory"),
+        ("~nobody", "invalid_argument", "home"),
+    ],
+)
 def test_a_stream_of_what_cannot_be_watched_ends_in_its_error(plane, box, path, code, text):
     plane.put(f"{box}/file")
     with Stream(plane, {"path": path.format(box)}) as stream:

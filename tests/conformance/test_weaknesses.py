@@ -247,7 +247,9 @@ def test_w11_files_are_touched_with_the_users_rights(plane, box, method):
 
 @hosted
 def test_w11_a_planted_link_does_not_lead_an_upload_to_roots_file(plane, box):
-    plane.sh(f"install -d -m 700 {box}-roots && echo -n precious > {box}-roots/file; chmod 755 {box}-roots; chmod 644 {box}-roots/file; ln -s {box}-roots/file {box}/report")
+    plane.sh(
+        f"install -d -m 700 {box}-roots && echo -n precious > {box}-roots/file; chmod 755 {box}-roots; chmod 644 {box}-roots/file; ln -s {box}-roots/file {box}/report"
+    )
     answer = plane.http.post("/files", params={"path": f"{box}/report"}, content=b"overwritten", headers=OCTETS)
     assert answer.status_code == 403, answer.text
     assert plane.sh(f"cat {box}-roots/file; stat -c ' %U' {box}-roots/file; rm -r {box}-roots") == "precious root\n"
@@ -255,9 +257,11 @@ def test_w11_a_planted_link_does_not_lead_an_upload_to_roots_file(plane, box):
 
 def test_w12_a_command_needs_no_shell_around_it(accounts):
     """With /bin/sh, nice and ionice gone from the machine, a command that is none of them runs."""
-    gone = " && ".join(f"mount --bind /dev/null $(readlink -f {path})" for path in ("/bin/sh", "/usr/bin/nice", "/usr/bin/ionice"))
+    gone = " && ".join(
+        f"mount --bind /dev/null $(readlink -f {path})" for path in ("/bin/sh", "/usr/bin/nice", "/usr/bin/ionice")
+    )
     *enter, script, name = accounts.wrapper
-    agent = Guestd(wrapper=[*enter, script.replace('exec env', f"{gone} && exec env"), name]).start()
+    agent = Guestd(wrapper=[*enter, script.replace("exec env", f"{gone} && exec env"), name]).start()
     plane = Plane("alone", agent.url, guestd=agent)
     try:
         ran = plane.start("/bin/bash", "-c", "echo $PPID; cat /proc/self/oom_score_adj", cwd="/")
@@ -288,7 +292,11 @@ def test_w15_a_wrong_path_is_not_an_internal_error(plane, box, method):
 @hosted
 @pytest.mark.parametrize("kind", ["file", "tree", "link"])
 def test_w16_a_move_crosses_file_systems(plane, box, kind):
-    made = {"file": "echo -n x > a; chmod 640 a", "tree": "mkdir -p a/b; echo -n x > a/b/file; ln -s b a/link; chmod 750 a/b", "link": "ln -s nothing a"}[kind]
+    made = {
+        "file": "echo -n x > a; chmod 640 a",
+        "tree": "mkdir -p a/b; echo -n x > a/b/file; ln -s b a/link; chmod 750 a/b",
+        "link": "ln -s nothing a",
+    }[kind]
     plane.sh(f"cd {box}; {made}; chown -hR user:user .")
     there = f"/dev/shm/{box.rsplit('/', 1)[1]}"
     plane.sh(f"install -d -o user -g user {there}")
@@ -318,7 +326,9 @@ def test_w17_a_folder_that_cannot_be_read_does_not_fail_the_list(plane, box):
 @in_a_machine
 def test_w17_a_list_does_not_read_deeper_than_it_was_asked(plane, box):
     """Reading a folder sets its access time, which shows who looked."""
-    plane.sh(f"mount -t tmpfs -o strictatime,mode=777 tmpfs {box}; mkdir {box}/d; touch {box}/d/file; touch -a -d @1000000000 {box}/d")
+    plane.sh(
+        f"mount -t tmpfs -o strictatime,mode=777 tmpfs {box}; mkdir {box}/d; touch {box}/d/file; touch -a -d @1000000000 {box}/d"
+    )
     try:
         assert len(plane.fs("ListDir", path=box, depth=1).ok()["entries"]) == 1
         assert plane.sh(f"stat -c %X {box}/d") == "1000000000\n"
@@ -410,7 +420,9 @@ def test_w19_a_stream_whose_client_goes_leaves_no_watch(plane, box):
     before = watches()
     body = envelope({"path": box, "recursive": True})
     for _ in range(5):
-        with plane.http.stream("POST", "/filesystem.Filesystem/WatchDir", content=body, headers={"Content-Type": "application/connect+json"}) as answer:
+        with plane.http.stream(
+            "POST", "/filesystem.Filesystem/WatchDir", content=body, headers={"Content-Type": "application/connect+json"}
+        ) as answer:
             next(answer.iter_raw())
     wait_until(lambda: watches() <= before, within=5, what="the watches are gone")
 
@@ -418,7 +430,9 @@ def test_w19_a_stream_whose_client_goes_leaves_no_watch(plane, box):
 @hosted
 def test_w20_an_upload_replaces_at_once_when_asked_to(plane, box):
     plane.put(f"{box}/file", "old")
-    answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=b"new", headers={**OCTETS, "Guestd-Replace": "atomic"})
+    answer = plane.http.post(
+        "/files", params={"path": f"{box}/file"}, content=b"new", headers={**OCTETS, "Guestd-Replace": "atomic"}
+    )
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("application/json")
     assert plane.content(f"{box}/file") == b"new"
@@ -439,7 +453,9 @@ def test_w20_an_atomic_upload_that_breaks_off_leaves_the_old_file(plane, box):
 
 @hosted
 def test_w20_a_value_that_is_not_known_is_refused(plane, box):
-    answer = plane.http.post("/files", params={"path": f"{box}/file"}, content=b"x", headers={**OCTETS, "Guestd-Replace": "maybe"})
+    answer = plane.http.post(
+        "/files", params={"path": f"{box}/file"}, content=b"x", headers={**OCTETS, "Guestd-Replace": "maybe"}
+    )
     assert (answer.status_code, "Guestd-Replace" in answer.json()["message"]) == (400, True)
     assert plane.sh(f"ls -A {box}") == ""
 
@@ -455,7 +471,9 @@ def test_w20_what_is_no_file_never_blocks_a_transfer(plane, box, verb, kind):
     }[kind]
     plane.sh(f"cd {box}; {made}; chmod 666 x; chown user x")
     began = time.monotonic()
-    answer = plane.http.request(verb, "/files", params={"path": f"{box}/x"}, content=b"x" if verb == "POST" else None, headers=OCTETS)
+    answer = plane.http.request(
+        verb, "/files", params={"path": f"{box}/x"}, content=b"x" if verb == "POST" else None, headers=OCTETS
+    )
     assert answer.status_code == 400, answer.text
     assert time.monotonic() - began < 5
 
@@ -493,10 +511,15 @@ def test_w22_compose_keeps_what_the_destination_was(plane, box):
 
 
 def test_w22_compose_keeps_the_destinations_metadata(plane, box):
-    answer = plane.http.post("/files", params={"path": f"{box}/whole"}, content=b"old", headers={**OCTETS, "X-Metadata-kind": "report"})
+    answer = plane.http.post(
+        "/files", params={"path": f"{box}/whole"}, content=b"old", headers={**OCTETS, "X-Metadata-kind": "report"}
+    )
     assert answer.status_code == 200, answer.text
     plane.put(f"{box}/part", "new")
-    assert plane.http.post("/files/compose", json={"source_paths": [f"{box}/part"], "destination": f"{box}/whole"}).status_code == 200
+    assert (
+        plane.http.post("/files/compose", json={"source_paths": [f"{box}/part"], "destination": f"{box}/whole"}).status_code
+        == 200
+    )
     assert plane.fs("Stat", path=f"{box}/whole").ok()["entry"]["metadata"] == {"kind": "report"}
 
 
@@ -517,7 +540,10 @@ while True:
 
 
 @in_a_machine
-@pytest.mark.parametrize("family, host, port", [("4", "127.0.0.1", 18081), ("4", "localhost", 18082), ("6", "::1", 18083), ("4", "0.0.0.0", 18084), ("6", "::", 18085)])
+@pytest.mark.parametrize(
+    "family, host, port",
+    [("4", "127.0.0.1", 18081), ("4", "localhost", 18082), ("6", "::1", 18083), ("4", "0.0.0.0", 18084), ("6", "::", 18085)],
+)
 def test_w23_a_server_on_loopback_is_reached_at_once(plane, family, host, port):
     with plane.begin("/usr/bin/python3", "-c", SERVER, family, host, str(port)) as response:
         stream = Stream(response)
@@ -549,7 +575,12 @@ def test_w24_the_log_tells_no_secret(accounts):
     secret = "s3cr3t-" + os.urandom(6).hex()
     try:
         token = {"X-Access-Token": f"{secret}-token"}
-        assert plane.http.post("/init", json={"accessToken": f"{secret}-token", "envVars": {"KEY": f"{secret}-env"}, "defaultUser": "user"}).status_code == 204
+        assert (
+            plane.http.post(
+                "/init", json={"accessToken": f"{secret}-token", "envVars": {"KEY": f"{secret}-env"}, "defaultUser": "user"}
+            ).status_code
+            == 204
+        )
         plane.headers.update(token)
         plane.http.headers.update(token)
         with plane.begin("/bin/cat", f"{secret}-argument", "-", envs={"MINE": f"{secret}-own"}, stdin=True) as response:
@@ -559,7 +590,12 @@ def test_w24_the_log_tells_no_secret(accounts):
             plane.process("SendInput", {**who, "input": {"stdin": "!!!"}})
             plane.process("CloseStdin", who)
             stream.rest()
-        plane.http.post("/files", params={"path": "~/f", "signature": f"{secret}-signature"}, content=f"{secret}-file".encode(), headers=OCTETS)
+        plane.http.post(
+            "/files",
+            params={"path": "~/f", "signature": f"{secret}-signature"},
+            content=f"{secret}-file".encode(),
+            headers=OCTETS,
+        )
         plane.http.post("/init", json={"accessToken": f"{secret}-wrong"})
         for part in ("token", "env", "own", "input", "file", "signature", "wrong"):
             assert f"{secret}-{part}" not in agent.stderr(), part
@@ -581,7 +617,9 @@ def test_w25_an_init_body_is_bounded_and_leaves_nothing_running(fresh):
     for _ in range(100):
         assert fresh.http.post("/init", json={"envVars": {"A": "1"}}).status_code == 204
     assert size()[0] <= files + 2
-    answer = fresh.http.post("/init", content=b'{"envVars": {"A": "' + b"x" * (20 << 20) + b'"}}', headers={"Content-Type": "application/json"})
+    answer = fresh.http.post(
+        "/init", content=b'{"envVars": {"A": "' + b"x" * (20 << 20) + b'"}}', headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code in (400, 413)
     assert fresh.http.get("/envs").json()["A"] == "1"
 
@@ -613,7 +651,10 @@ def test_w27_memory_is_small_and_comes_back(fresh, tmp_path):
     idle = rss()
     assert idle < 8 * 1024, f"{idle} KiB"
     for _ in range(3):
-        assert fresh.http.post("/files", params={"path": f"{tmp_path}/big"}, content=bytes(20 << 20), headers=OCTETS).status_code == 200
+        assert (
+            fresh.http.post("/files", params={"path": f"{tmp_path}/big"}, content=bytes(20 << 20), headers=OCTETS).status_code
+            == 200
+        )
         fresh.start("/bin/bash", "-c", "head -c 20000000 /dev/zero", cwd="/")
     wait_until(lambda: rss() < 24 * 1024, within=10, what=f"memory is given back ({rss()} KiB)")
 
@@ -676,7 +717,9 @@ def test_w31_an_unknown_user_does_not_read_like_a_missing_token(plane):
 @hosted
 @pytest.mark.parametrize("codec", ["json"])
 def test_w32_the_end_of_a_command_is_recorded_in_full(plane, codec):
-    record = plane.start("/bin/bash", "-c", "for ((n = 0; n < 100000; n++)); do :; done; echo out; echo error >&2; exit 3").end["record"]
+    record = plane.start("/bin/bash", "-c", "for ((n = 0; n < 100000; n++)); do :; done; echo out; echo error >&2; exit 3").end[
+        "record"
+    ]
     assert (record["cause"], record["exitCode"]) == ("exited", 3)
     assert (int(record["stdoutBytes"]), int(record["stderrBytes"])) == (4, 6)
     assert int(record["userCpuUs"]) > 1000

@@ -48,7 +48,9 @@ class Ran:
 
     pid: int | None = None
     # What came on each channel; grown in place, for outputs of megabytes.
-    out: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in ("stdout", "stderr", "pty")}, repr=False)
+    out: dict[str, bytearray] = field(
+        default_factory=lambda: {name: bytearray() for name in ("stdout", "stderr", "pty")}, repr=False
+    )
     keepalives: int = 0
     gaps: list[dict] = field(default_factory=list)
     # Where each data event begins in the process's output, for who asked for offsets.

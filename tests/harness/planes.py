@@ -119,7 +119,9 @@ class Plane:
 
     # --- Connect ---
 
-    def call(self, method: str, message: dict | None = None, *, codec: str = "json", headers: dict | None = None, user=None) -> Answer:
+    def call(
+        self, method: str, message: dict | None = None, *, codec: str = "json", headers: dict | None = None, user=None
+    ) -> Answer:
         """A unary call; `codec` is json or proto, and the reply reads the same for both."""
         sent = {**(basic(user) if user else {}), **(headers or {})}
         if codec == "json":

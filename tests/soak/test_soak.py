@@ -100,7 +100,9 @@ def test_a_flood_beside_a_stalled_reader_loses_nothing_and_keeps_memory_flat(gue
         agent.post("/process.Process/SendSignal", json={"process": {"pid": pid}, "signal": 9})
     settled = sizes[min(10, len(sizes) // 3) :]
     spread = max(settled) - min(settled)
-    print(f"\n{seen * width / MIB:.0f} MiB in {SECONDS:.0f} s beside {stalled.opened} stalled readers; {min(settled) / MIB:.1f} to {max(settled) / MIB:.1f} MiB")
+    print(
+        f"\n{seen * width / MIB:.0f} MiB in {SECONDS:.0f} s beside {stalled.opened} stalled readers; {min(settled) / MIB:.1f} to {max(settled) / MIB:.1f} MiB"
+    )
     assert spread <= 8 * MIB, f"memory moved by {spread / MIB:.1f} MiB"
 
 
@@ -112,7 +114,9 @@ def test_a_thousand_commands_at_once_all_tell_their_exit(guestd):
 
     async def one(client: httpx.AsyncClient, n: int) -> tuple[int, bytes]:
         body = envelope({"process": process("/bin/sh", "-c", f"sleep 1; echo {n}; exit {n % 256}"), "stdin": False})
-        async with client.stream("POST", "/process.Process/Start", content=body, headers={"Content-Type": JSON_STREAM}) as response:
+        async with client.stream(
+            "POST", "/process.Process/Start", content=body, headers={"Content-Type": JSON_STREAM}
+        ) as response:
             content = b"".join([piece async for piece in response.aiter_raw()])
         *events, (flags, last) = frames([content])
         assert flags == END and json.loads(last) == {}, last
@@ -175,7 +179,10 @@ def test_readers_that_come_and_go_leave_nothing_behind(guestd, agent):
     count = 0
     while time.monotonic() < until:
         with agent.stream(
-            "POST", "/process.Process/Connect", content=envelope({"process": {"pid": target}}), headers={"Content-Type": JSON_STREAM}
+            "POST",
+            "/process.Process/Connect",
+            content=envelope({"process": {"pid": target}}),
+            headers={"Content-Type": JSON_STREAM},
         ) as response:
             Stream(response).until("start")
         count += 1
