@@ -81,7 +81,9 @@ def test_a_stream_message_that_is_none_ends_in_an_error_frame(plane, method):
         answer = post(plane, method, envelope(body), kind)
         assert answer.headers["content-type"] == kind
         told = end_frame(answer)
-        assert (told["messages"], told["error"]["code"]) == (0, "invalid_argument")
+        # StreamInput has one code of its own for whatever breaks its stream (1.10/streaminput-broken).
+        code = "unknown" if method.endswith("/StreamInput") else "invalid_argument"
+        assert (told["messages"], told["error"]["code"]) == (0, code)
 
 
 @pytest.mark.parametrize("service", ["process.Process", "filesystem.Filesystem"])

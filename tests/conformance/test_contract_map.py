@@ -12,27 +12,19 @@ from contract_map import ROWS, WITHOUT
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def found():
+@pytest.fixture
+def found(once):
     """What a collection of this folder alone says, whatever was selected for this run."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(HERE),
-        "-n",
-        "0",
-        "-q",
-        "--contract-map",
-        "json",
-        "-c",
-        str(HERE.parent / "pytest.ini"),
-    ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=HERE.parent)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
-    assert line, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return json.loads(line)
+
+    def collect() -> str:
+        command = [sys.executable, "-m", "pytest", str(HERE), "-n", "0", "-q", "--contract-map", "json"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=HERE.parent)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+        assert line, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return line
+
+    return json.loads(once("contract-map", collect))
 
 
 def test_every_row_has_a_case_or_a_reason(found):

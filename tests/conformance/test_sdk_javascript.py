@@ -1,6 +1,5 @@
 """What the JavaScript SDKs show their users. One node process looks at everything, `sdk.mjs`; each case here is one of its lines."""
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -14,20 +13,15 @@ PROGRAM = (Path(__file__).parent / "sdk.mjs").read_text()
 
 
 @pytest.fixture
-def seen(plane, tmp_path_factory):
-    """`seen(sdk)`: what the node process saw, by case and with the box's path left out; one process for all test processes."""
+def seen(plane, once):
+    """`seen(sdk)`: what the node process saw, by case and with the box's path left out."""
 
     def look(sdk: str) -> dict:
-        base = tmp_path_factory.getbasetemp()
-        shared = base.parent if base.name.startswith("popen-") else base
-        kept = shared / f"javascript-{sdk}-{plane.name}.json"
-        with open(kept.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not kept.exists():
-                box = plane.folder()
-                told = run_node(PROGRAM, {**plane.environment, **_vendor(plane), "SDK": sdk, "BOX": box}, within=180)
-                kept.write_text(told.replace(box, "BOX"))
-        return {line["case"]: line for line in map(json.loads, kept.read_text().splitlines())}
+        def run() -> str:
+            box = plane.folder()
+            return run_node(PROGRAM, {**plane.environment, **_vendor(plane), "SDK": sdk, "BOX": box}, within=180).replace(box, "BOX")
+
+        return {line["case"]: line for line in map(json.loads, once(f"javascript-{sdk}-{plane.name}", run).splitlines())}
 
     return look
 
