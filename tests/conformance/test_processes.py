@@ -1,6 +1,9 @@
 """Sections 1.2, 2.1 to 2.7: who runs what where, with which environment, and what the end says."""
 
+import os
 import re
+import resource
+import time
 
 import pytest
 
@@ -137,6 +140,25 @@ def test_a_command_is_in_its_control_group_from_the_start(plane, pty, group):
     ran = plane.start("/bin/cat", "/proc/self/cgroup", pty=pty)
     [line] = [line for line in (ran.stdout + ran.pty).decode().split() if line.startswith("0::")]
     assert group in line.split("/")
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+@contract("1.10/exhausted", "1.7/resource_exhausted")
+def test_a_machine_that_has_no_more_room_says_so_and_recovers(fresh, room):
+    """So many descriptors are left, too few for the pipes: an agent of the case's own, over a connection that is already there."""
+    agent = fresh.guestd.process.pid
+    assert fresh.start("/bin/true", cwd="/").exit_code == 0
+    # A connection that stays, and time for the closed one to go.
+    fresh.process("List").ok()
+    time.sleep(0.2)
+    soft, hard = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+    resource.prlimit(agent, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{agent}/fd")) + room, hard))
+    try:
+        error = fresh.start("/bin/true", cwd="/").error
+    finally:
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, (soft, hard))
+    assert error["code"] == "resource_exhausted", "and nothing about who may do what: not reading /etc/passwd is no wrong name"
+    assert fresh.start("/bin/true", cwd="/").exit_code == 0
 
 
 # --- who ---

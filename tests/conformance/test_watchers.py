@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 
 from harness import proto
 from harness.connect import END, JSON_STREAM, PROTO_STREAM, envelope, frames
+from harness.fuse import EmptyFolder
 
 contract = pytest.mark.contract
 hosted = pytest.mark.through_hostd
@@ -220,6 +222,31 @@ def test_the_folder_itself_is_a_dot(plane, box):
     with Watcher(plane, box) as watcher:
         plane.sh(f"chmod 700 {box}")
         assert (CHMOD, ".") in watcher.told()
+
+
+@pytest.fixture
+def network(plane, box):
+    """A folder that is a FUSE mount, in the agent's own mount namespace."""
+    plane.sh(f"mkdir {box}/net")
+    try:
+        mount = EmptyFolder(plane.guestd.process.pid, f"{box}/net").__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a network mount was not tested: no FUSE file system can be mounted here ({error})")
+    yield f"{box}/net"
+    mount.__exit__()
+
+
+@contract("1.10/watch-network", "3.4/network", "1.3/WatchDirRequest")
+def test_a_network_mount_is_watched_only_when_asked_for(plane, network):
+    refused = "cannot watch path on network filesystem: " + network
+    assert plane.fs("CreateWatcher", path=network).error == (400, "invalid_argument", refused)
+    assert plane.fs("CreateWatcher", "proto", path=network, recursive=True).error == (400, "invalid_argument", refused)
+    with Stream(plane, {"path": network}) as stream:
+        assert stream.ended.wait(5)
+        assert stream.error == {"code": "invalid_argument", "message": refused}
+    for spelling in ("allowNetworkMounts", "allow_network_mounts"):
+        watcher = plane.fs("CreateWatcher", path=network, **{spelling: True}).ok()["watcherId"]
+        plane.fs("RemoveWatcher", watcherId=watcher).ok()
 
 
 # --- streamed ---
