@@ -5,7 +5,6 @@ import socket
 import time
 
 import pytest
-
 from harness.planes import HOME, basic
 
 contract = pytest.mark.contract

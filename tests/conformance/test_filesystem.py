@@ -3,7 +3,6 @@
 import os
 
 import pytest
-
 from harness.planes import HOME
 
 contract = pytest.mark.contract

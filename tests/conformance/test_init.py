@@ -8,7 +8,6 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
-
 from harness import locations
 
 contract = pytest.mark.contract

@@ -6,7 +6,6 @@ import resource
 import time
 
 import pytest
-
 from harness.connect import Stream
 from harness.planes import HOME, b64, basic
 

@@ -14,7 +14,6 @@ from e2b import (
     PtySize,
     TimeoutException,
 )
-
 from harness.planes import HOME
 
 contract = pytest.mark.contract

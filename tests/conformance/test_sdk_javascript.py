@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from harness.planes import HOME
 from harness.programs import run_node
 
@@ -19,7 +18,9 @@ def seen(plane, once):
     def look(sdk: str) -> dict:
         def run() -> str:
             box = plane.folder()
-            return run_node(PROGRAM, {**plane.environment, **_vendor(plane), "SDK": sdk, "BOX": box}, within=180).replace(box, "BOX")
+            return run_node(PROGRAM, {**plane.environment, **_vendor(plane), "SDK": sdk, "BOX": box}, within=180).replace(
+                box, "BOX"
+            )
 
         return {line["case"]: line for line in map(json.loads, once(f"javascript-{sdk}-{plane.name}", run).splitlines())}
 

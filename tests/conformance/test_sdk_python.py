@@ -18,7 +18,6 @@ from e2b import (
     SandboxException,
     TimeoutException,
 )
-
 from harness.planes import HOME
 from harness.processes import wait_until
 

@@ -4,7 +4,6 @@ import re
 import time
 
 import pytest
-
 from harness.connect import Stream, process
 from harness.planes import HOME, b64
 

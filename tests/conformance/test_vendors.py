@@ -3,7 +3,6 @@
 import importlib
 
 import pytest
-
 from harness.hostd import API_KEY
 from harness.planes import HOME
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_processes import end_frame, stream_input
-
 from harness import planes
 from harness.connect import Stream, envelope, open_stream, process
 from harness.guestd import Guestd
 from harness.planes import HOME, Plane, b64
 from harness.processes import wait_until
+from test_processes import end_frame, stream_input
 
 hosted = pytest.mark.through_hostd
 in_a_machine = pytest.mark.through_hostd(only=True)
@@ -57,11 +56,12 @@ def test_w01_tag_lookup_finds_every_tagged_process(plane):
 
 
 @hosted
+@pytest.mark.takes(4)
 @pytest.mark.parametrize("how", ["kill", "terminate", "timeout"])
 def test_w02_the_whole_tree_ends_with_its_command(plane, how):
     marker = f"60.{time.monotonic_ns() % 1_000_000_000:09}1"
     script = f"sleep {marker} & (sleep {marker} & wait) & echo ready; wait"
-    headers = {"Connect-Timeout-Ms": "1500"} if how == "timeout" else {}
+    headers = {"Connect-Timeout-Ms": "4000"} if how == "timeout" else {}
     with plane.begin("/bin/bash", "-c", script, headers=headers) as response:
         stream = Stream(response)
         pid = stream.until("start")["pid"]
