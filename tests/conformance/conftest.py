@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from harness import locations
 from harness.guestd import Guestd
 from harness.hostd import Hostd

@@ -6,6 +6,7 @@ import http.client
 import time
 
 import pytest
+
 from harness.connect import JSON_STREAM, envelope, process
 from harness.planes import basic
 

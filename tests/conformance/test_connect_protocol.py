@@ -8,10 +8,10 @@ import socket
 import struct
 
 import pytest
+
 from harness import proto
 from harness.connect import COMPRESSED, END, JSON_STREAM, PROTO_STREAM, Stream, envelope, frames, process
-from harness.planes import b64
-from test_processes import end_frame
+from harness.planes import b64, end_frame
 
 contract = pytest.mark.contract
 hosted = pytest.mark.through_hostd

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from harness.planes import HOME
 
 contract = pytest.mark.contract

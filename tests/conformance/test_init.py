@@ -8,6 +8,7 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
+
 from harness import locations
 
 contract = pytest.mark.contract

@@ -14,6 +14,7 @@ from e2b import (
     PtySize,
     TimeoutException,
 )
+
 from harness.planes import HOME
 
 contract = pytest.mark.contract

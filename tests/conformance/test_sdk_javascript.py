@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from harness.planes import HOME
 from harness.programs import run_node
 

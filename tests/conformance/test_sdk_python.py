@@ -18,6 +18,7 @@ from e2b import (
     SandboxException,
     TimeoutException,
 )
+
 from harness.planes import HOME
 from harness.processes import wait_until
 

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from harness.connect import END, JSON_STREAM, Stream, envelope, frames, process
 from harness.planes import b64, basic
 from harness.processes import wait_until

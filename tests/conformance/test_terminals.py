@@ -4,8 +4,9 @@ import re
 import time
 
 import pytest
+
 from harness.connect import Stream, process
-from harness.planes import HOME, b64
+from harness.planes import HOME, b64, end_frame, stream_input
 
 contract = pytest.mark.contract
 hosted = pytest.mark.through_hostd
@@ -151,8 +152,6 @@ def test_plain_input_for_a_terminal_says_which_channel_to_use(plane):
 
 @contract("1.1/StreamInput", "1.2/StreamInputRequest")
 def test_input_is_streamed_into_a_terminal(plane):
-    from test_processes import end_frame, stream_input
-
     with terminal(plane, "/bin/bash", "-c", "stty -echo; echo ready; read a; read b; echo $b $a") as response:
         stream = Stream(response)
         pid = stream.until("start")["pid"]

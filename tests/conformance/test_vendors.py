@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+
 from harness.hostd import API_KEY
 from harness.planes import HOME
 

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from harness import proto
 from harness.connect import END, JSON_STREAM, PROTO_STREAM, envelope, frames
 from harness.fuse import EmptyFolder

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from harness import planes
 from harness.connect import Stream, envelope, open_stream, process
 from harness.guestd import Guestd
-from harness.planes import HOME, Plane, b64
+from harness.planes import HOME, Plane, b64, end_frame, stream_input
 from harness.processes import wait_until
-from test_processes import end_frame, stream_input
 
 hosted = pytest.mark.through_hostd
 in_a_machine = pytest.mark.through_hostd(only=True)

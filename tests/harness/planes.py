@@ -1,6 +1,7 @@
 """Two ways to the same agent, so that one case can be tried on both: guestd alone, and guestd in a microVM through hostd."""
 
 import base64
+import json
 import os
 import shlex
 import shutil
@@ -227,8 +228,6 @@ class Plane:
 
 
 def read_proto(method: str, body: bytes) -> Ran:
-    import json
-
     ran = Ran()
     for flags, payload in frames([body]):
         if flags & END:
@@ -237,6 +236,24 @@ def read_proto(method: str, body: bytes) -> Ran:
         else:
             ran.take(proto.reply(method, payload)["event"])
     return ran
+
+
+def stream_input(plane: Plane, *messages: dict, codec: str = "json", raw: bytes = b"") -> httpx.Response:
+    """Sends the messages of a StreamInput at once, and bytes that are none after them."""
+    method = "process.Process/StreamInput"
+    if codec == "json":
+        body, kind = b"".join(envelope(message) for message in messages), JSON_STREAM
+    else:
+        body, kind = b"".join(envelope(proto.request(method, message)) for message in messages), PROTO_STREAM
+    return plane.http.post(f"/{method}", content=body + raw, headers={"Content-Type": kind})
+
+
+def end_frame(answer: httpx.Response) -> dict:
+    """The end frame of a whole stream, and how many messages came before it."""
+    assert answer.status_code == 200, f"{answer.status_code}: {answer.content!r}"
+    *messages, (flags, payload) = frames([answer.content])
+    assert flags == END
+    return {"messages": len(messages), **json.loads(payload)}
 
 
 def alone(accounts: Accounts) -> tuple[Guestd, Plane]:
@@ -255,6 +272,3 @@ def in_a_machine(hostd: Hostd) -> Plane:
         "X-Access-Token": created["envdAccessToken"],
     }
     return Plane("microvm", hostd.proxy_url, headers=headers, sandbox_id=created["sandboxID"], hostd=hostd)
-
-
-__all__ = ["Accounts", "Answer", "Plane", "alone", "in_a_machine", "basic", "b64", "read_proto", "JSON_STREAM", "HOME"]

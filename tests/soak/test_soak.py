@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from harness.connect import END, JSON_STREAM, Stream, envelope, frames, process, start
 
 pytestmark = pytest.mark.soak
