@@ -48,6 +48,8 @@ pub enum EndReason {
     Idle,
     /// Its `timeout` passed.
     Timeout,
+    /// The connection that created it closed, or its client was silent for too long.
+    Session,
     /// It reached the maximum lifetime.
     Lifetime,
     /// Somebody asked for its end.
@@ -59,13 +61,21 @@ pub enum EndReason {
 }
 
 impl EndReason {
-    pub const ALL: [Self; 6] =
-        [Self::Idle, Self::Timeout, Self::Lifetime, Self::Killed, Self::Crashed, Self::HostShutdown];
+    pub const ALL: [Self; 7] = [
+        Self::Idle,
+        Self::Timeout,
+        Self::Session,
+        Self::Lifetime,
+        Self::Killed,
+        Self::Crashed,
+        Self::HostShutdown,
+    ];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Idle => "idle",
             Self::Timeout => "timeout",
+            Self::Session => "session",
             Self::Lifetime => "lifetime",
             Self::Killed => "killed",
             Self::Crashed => "crashed",
@@ -141,6 +151,8 @@ pub struct Lifetime {
     notice: Option<Duration>,
     /// The end that the guest was last told of.
     announced: Option<Moment>,
+    /// When the client of a session counts as gone, unless it is heard of before.
+    session_ends: Option<Moment>,
 }
 
 impl Lifetime {
@@ -156,6 +168,7 @@ impl Lifetime {
             unanswered: 0,
             notice: settings.notice,
             announced: None,
+            session_ends: terms.session.map(|liveness| now + liveness),
         }
     }
 
@@ -172,6 +185,8 @@ impl Lifetime {
         let used = (now - report.idle_for).max(host_used.unwrap_or_default().min(now));
         let mut lifetime = Self::new(terms, settings, last_epoch, used);
         lifetime.report(report, now);
+        // Its connection ended with the earlier supervisor.
+        lifetime.close_session("its connection was to an earlier hostd", now);
         lifetime
     }
 
@@ -184,10 +199,14 @@ impl Lifetime {
         if now >= end {
             return self.finish(self.hard_reason(), now);
         }
+        if self.session_ends.is_some_and(|due| now >= due) {
+            return self.finish(EndReason::Session, now);
+        }
+        let next_end = self.session_ends.map_or(end, |due| due.min(end));
         if let Phase::Preparing { epoch, sent } = self.phase {
             let deadline = sent + PREPARE_DEADLINE;
             if now < deadline {
-                return Step::Wait(deadline.min(end));
+                return Step::Wait(deadline.min(next_end));
             }
             self.unanswered += 1;
             self.phase = Phase::Running;
@@ -206,7 +225,7 @@ impl Lifetime {
             waiting => waiting.map(|(notify_at, ..)| notify_at),
         };
         let Some(due) = due.filter(|due| now >= *due) else {
-            let next = due.into_iter().chain(notify_at).fold(end, Moment::min);
+            let next = due.into_iter().chain(notify_at).fold(next_end, Moment::min);
             return Step::Wait(next);
         };
         debug_assert!(now >= due);
@@ -323,6 +342,38 @@ impl Lifetime {
         self.terms.set_timeout(seconds, now)?;
         self.host.note(now, format!("timeout set to {seconds} s from now"));
         Ok(())
+    }
+
+    /// Moves the end to so long from now, at most to the maximum lifetime. A session stays one.
+    ///
+    /// # Errors
+    /// When the maximum lifetime is already over.
+    pub fn set_left(&mut self, length: Duration, now: Moment) -> Result<(), TermsError> {
+        self.terms.set_left(length, now)?;
+        self.host.note(now, format!("end set to {:.3} s from now", self.terms.end.since(now).as_secs_f64()));
+        Ok(())
+    }
+
+    /// The client of a session was heard of at `heard`. Nothing to a sandbox that is none, and to a session that is closed.
+    pub fn hear(&mut self, heard: Moment, now: Moment) {
+        if let (Some(liveness), Some(due)) = (self.terms.session, self.session_ends)
+            && now < due
+        {
+            self.session_ends = Some(due.max(heard + liveness));
+        }
+    }
+
+    /// The connection that created a session is closed: the next step ends it. Nothing to a sandbox that is no session.
+    pub fn close_session(&mut self, why: &str, now: Moment) {
+        if self.session_ends.is_some_and(|due| now < due) && self.ended().is_none() {
+            self.session_ends = Some(now);
+            self.host.note(now, format!("session closed: {why}"));
+        }
+    }
+
+    /// How long until the client of a session counts as gone, unless it is heard of; none when it is no session.
+    pub fn session_ends_in(&self, now: Moment) -> Option<Duration> {
+        self.session_ends.map(|due| due.since(now))
     }
 
     /// # Errors
@@ -644,6 +695,61 @@ mod tests {
             }
         }
         assert!(notices <= 100_000 / 250, "{notices}");
+    }
+
+    fn session() -> Lifetime {
+        let terms = Asked::session(Duration::from_secs(60)).starting(at(0), &Limits::default());
+        Lifetime::new(terms, &IdleSettings::default(), 0, at(0))
+    }
+
+    #[test]
+    fn a_session_ends_when_its_connection_closes_and_a_late_sign_of_life_does_not_bring_it_back() {
+        let mut lifetime = session();
+        lifetime.close_session("closed", at(500));
+        lifetime.hear(at(500), at(501));
+        assert_eq!(lifetime.step(at(501)), Step::End(EndReason::Session));
+    }
+
+    #[test]
+    fn a_silent_client_of_a_session_is_given_up_at_the_liveness_limit() {
+        let mut lifetime = session();
+        assert_eq!(wait(&mut lifetime, at(0)), at(60_000));
+        lifetime.hear(at(30_000), at(31_000));
+        lifetime.hear(at(20_000), at(32_000));
+        assert_eq!(wait(&mut lifetime, at(60_000)), at(90_000));
+        assert_eq!(lifetime.session_ends_in(at(60_000)), Some(Duration::from_secs(30)));
+        assert_eq!(lifetime.step(at(90_000)), Step::End(EndReason::Session));
+    }
+
+    #[test]
+    fn a_session_whose_end_was_moved_ends_there_while_its_client_is_still_connected() {
+        let mut lifetime = session();
+        lifetime.set_left(Duration::from_secs(10), at(1_000)).unwrap();
+        let end = wait(&mut lifetime, at(1_000));
+        assert_eq!(end, at(11_000) + MARGIN);
+        lifetime.hear(end, end);
+        assert_eq!(lifetime.step(end), Step::End(EndReason::Timeout));
+    }
+
+    #[test]
+    fn a_duration_sandbox_has_no_session_to_lose() {
+        let terms = Asked::lasting(Duration::from_secs(300)).starting(at(0), &Limits::default());
+        let mut lifetime = Lifetime::new(terms, &IdleSettings::default(), 0, at(0));
+        lifetime.close_session("closed", at(1));
+        assert_eq!(wait(&mut lifetime, at(2)), at(300_000) + MARGIN);
+        assert_eq!(lifetime.session_ends_in(at(2)), None);
+    }
+
+    #[test]
+    fn an_adopted_session_ends_at_once_and_an_adopted_duration_at_its_own_end() {
+        let (limits, settings) = (Limits::default(), IdleSettings::default());
+        let report = idle_report(1, Duration::ZERO);
+        let terms = Asked::session(Duration::from_secs(60)).starting(at(0), &limits);
+        let mut lifetime = Lifetime::adopt(terms, &settings, 1, report, None, at(5_000));
+        assert_eq!(lifetime.step(at(5_000)), Step::End(EndReason::Session));
+        let terms = Asked::lasting(Duration::from_secs(20)).starting(at(0), &limits);
+        let mut lifetime = Lifetime::adopt(terms, &settings, 1, report, None, at(5_000));
+        assert_eq!(wait(&mut lifetime, at(5_000)), at(20_000) + MARGIN);
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct Terms {
     /// `started` and the maximum lifetime.
     pub last_end: Moment,
     pub idle_timeout: Option<Duration>,
+    /// A session: it ends with the connection that created it, or when nothing was heard from there for so long.
+    pub session: Option<Duration>,
 }
 
 /// What a create call asked for, already checked. It becomes [`Terms`] when the sandbox is ready, so that the time to boot is not the user's.
@@ -68,9 +70,21 @@ pub struct Terms {
 pub struct Asked {
     timeout: Duration,
     idle_timeout: Option<Duration>,
+    session: Option<Duration>,
 }
 
 impl Asked {
+    /// A sandbox that lives as long as the connection that creates it, and no longer than the maximum lifetime; `liveness` is how long its
+    /// client may be silent (DESIGN.md section 4, rule 6).
+    pub fn session(liveness: Duration) -> Self {
+        Self { timeout: Duration::MAX, idle_timeout: None, session: Some(liveness) }
+    }
+
+    /// A sandbox that lives so long, whoever is connected; more than the maximum lifetime is shortened to it. It is never idle.
+    pub fn lasting(length: Duration) -> Self {
+        Self { timeout: length, idle_timeout: None, session: None }
+    }
+
     /// Checks a create call's fields.
     ///
     /// # Errors
@@ -91,7 +105,7 @@ impl Asked {
             }
         };
         let idle_timeout = idle_timeout.map(|text| parse_idle_timeout(text, limits)).transpose()?;
-        Ok(Self { timeout, idle_timeout })
+        Ok(Self { timeout, idle_timeout, session: None })
     }
 
     pub fn idle_timeout(&self) -> Option<Duration> {
@@ -103,8 +117,9 @@ impl Asked {
     /// With an idle timeout the SDKs' always-sent default `timeout` is not the limit: the end is the maximum lifetime.
     pub fn starting(self, started: Moment, limits: &Limits) -> Terms {
         let last_end = started + limits.max_lifetime;
-        let end = if self.idle_timeout.is_some() { last_end } else { (started + self.timeout).min(last_end) };
-        Terms { started, end, last_end, idle_timeout: self.idle_timeout }
+        let timeout = self.timeout.min(limits.max_lifetime);
+        let end = if self.idle_timeout.is_some() { last_end } else { started + timeout };
+        Terms { started, end, last_end, idle_timeout: self.idle_timeout, session: self.session }
     }
 }
 
@@ -114,11 +129,18 @@ impl Terms {
     /// # Errors
     /// When the maximum lifetime is already over.
     pub fn set_timeout(&mut self, seconds: i64, now: Moment) -> Result<(), TermsError> {
+        self.set_left(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)), now)
+    }
+
+    /// The same for any length.
+    ///
+    /// # Errors
+    /// When the maximum lifetime is already over.
+    pub fn set_left(&mut self, length: Duration, now: Moment) -> Result<(), TermsError> {
         if now >= self.last_end {
             return Err(TermsError::LifetimeSpent { max: self.last_end.since(self.started).as_secs() });
         }
-        let length = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        self.end = (now + length).min(self.last_end);
+        self.end = now + length.min(self.last_end.since(now));
         Ok(())
     }
 
@@ -213,6 +235,26 @@ mod tests {
         );
         assert!(Asked::parse(Some(301), None, &short).is_err());
         assert!(Asked::parse(Some(41), None, &short).is_err());
+    }
+
+    #[test]
+    fn a_session_and_a_long_duration_end_with_the_maximum_lifetime() {
+        let start = Moment::from_millis(7);
+        let session = Asked::session(secs(60)).starting(start, &LIMITS);
+        assert_eq!((session.end, session.idle_timeout), (start + secs(3600), None));
+        let lasting = Asked::lasting(Duration::MAX).starting(start, &LIMITS);
+        assert_eq!((lasting.end, lasting.session), (start + secs(3600), None));
+        assert_eq!(Asked::lasting(secs(90)).starting(start, &LIMITS).end, start + secs(90));
+    }
+
+    #[test]
+    fn a_length_that_no_clock_can_count_is_clamped() {
+        let start = Moment::from_millis(0);
+        let mut terms = Asked::lasting(secs(5)).starting(start, &LIMITS);
+        terms.set_left(Duration::MAX, start + secs(1)).unwrap();
+        assert_eq!(terms.end, start + secs(3600));
+        terms.set_left(Duration::from_millis(1500), start + secs(1)).unwrap();
+        assert_eq!(terms.end, Moment::from_millis(2500));
     }
 
     #[test]
