@@ -29,11 +29,11 @@ use crate::filesystem::{self, Filesystem};
 use crate::freeze::{self, Freezer};
 use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
-use crate::legacy::Legacy;
 use crate::logs::{self, LogService, Logs};
 use crate::notice::{self, Notices};
 use crate::ports::Ports;
 use crate::process::{ProcessService, Processes};
+use crate::services::Services;
 use crate::settings::Settings;
 use crate::system::{self, System};
 
@@ -144,7 +144,7 @@ fn build(config: &Config, logs: Arc<Logs>) -> Built {
     let router = system::routes(Arc::clone(&system))
         .merge(freeze::http::routes(Arc::clone(&freezer)))
         .merge(filesystem::routes(files))
-        .fallback_service(Legacy::new(ConnectRpcService::new(rpc).with_limits(limits)))
+        .fallback_service(Services::new(ConnectRpcService::new(rpc).with_limits(limits)))
         .layer(middleware::map_response(unbuffered))
         .layer(middleware::from_fn_with_state(freezer, freeze::http::hold_back))
         .layer(middleware::from_fn_with_state(Arc::clone(&activity), activity::middleware::hold))

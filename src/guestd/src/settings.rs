@@ -10,6 +10,9 @@ use crate::cgroup::Limits;
 /// The user that an agent runs commands as until `/init` says otherwise (contract: envd.md section 0).
 const BUILT_IN_USER: &str = "root";
 
+/// The names of the agent's own variables. They say where a command runs, so nobody else may set them, even where the agent has no value.
+const OWN_VARIABLES: [&str; 4] = ["E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID", "E2B_EVENTS_ADDRESS"];
+
 /// One consistent set of values; a reader that needs two of them takes them from one snapshot.
 #[derive(Clone, Debug)]
 pub struct Values {
@@ -21,6 +24,14 @@ pub struct Values {
     pub internal_environment: BTreeMap<String, String>,
     /// For commands that bring no limits of their own.
     pub process_limits: Limits,
+}
+
+impl Values {
+    /// Takes the variables of `/init` in place of earlier ones, but for those that are the agent's own (contract: envd.md section 4.3).
+    pub fn set_environment(&mut self, mut variables: BTreeMap<String, String>) {
+        variables.retain(|name, _| !OWN_VARIABLES.contains(&name.as_str()));
+        self.environment = variables;
+    }
 }
 
 /// The shared settings.

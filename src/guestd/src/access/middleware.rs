@@ -7,6 +7,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use connectrpc::ErrorCode;
 use guestd_protocol::errors::ErrorBody;
 use guestd_protocol::routes::{self, Credential};
 use guestd_protocol::signature::{Operation, Signed};
@@ -20,6 +21,9 @@ use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_us
 /// How much of a refused request's body is read, in bytes, and for how long.
 const DRAIN_LIMIT: usize = 64 * 1024;
 const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+/// The flag of a stream's last message (contract: envd.md section 1.6).
+const END_OF_STREAM: u8 = 2;
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
@@ -76,7 +80,7 @@ pub async fn identify(State(accounts): State<Arc<Accounts>>, mut request: Reques
         None => None,
         Some(name) => match basic_user(&name, &accounts) {
             Ok(user) => Some(user),
-            Err(error) => return unauthenticated(&error),
+            Err(error) => return no_user(&request, &error),
         },
     };
     request.extensions_mut().insert(RequestUser(user));
@@ -137,10 +141,33 @@ pub fn unauthorized(message: &str) -> Response {
     (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
 }
 
-/// The Connect form: the user is asked for on behalf of every route, and the SDKs' clients read this one.
-fn unauthenticated(error: &IdentityError) -> Response {
-    let body = serde_json::json!({ "code": "unauthenticated", "message": error.to_string() });
-    (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
+/// Nobody to act for. A wrong name has the Connect form on every route, which the SDKs' clients read; accounts that cannot be read are the
+/// machine's trouble and not the caller's, and each route says so in its own form.
+fn no_user(request: &Request, error: &IdentityError) -> Response {
+    let (code, text) = (error.code(), error.to_string());
+    let body = serde_json::json!({ "code": code.as_str(), "message": text });
+    if code == ErrorCode::Unauthenticated {
+        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
+    }
+    let status = if code == ErrorCode::ResourceExhausted { 503 } else { 500 };
+    // A Connect path is /package.Service/Method.
+    if !request.uri().path().contains('.') {
+        let status = StatusCode::from_u16(status).unwrap_or_default();
+        return (status, axum::Json(ErrorBody { code: status.as_u16(), message: text })).into_response();
+    }
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    match kind.filter(|kind| kind.as_bytes().starts_with(b"application/connect+")) {
+        // A stream ends in a message of its own, whatever the codec (contract: envd.md section 1.6).
+        Some(kind) => {
+            let end = serde_json::json!({ "error": body }).to_string();
+            let length = u32::try_from(end.len()).unwrap_or_default();
+            let mut frame = vec![END_OF_STREAM];
+            frame.extend(length.to_be_bytes());
+            frame.extend(end.into_bytes());
+            ([(header::CONTENT_TYPE, kind.clone())], frame).into_response()
+        }
+        None => (code.http_status(), axum::Json(body)).into_response(),
+    }
 }
 
 #[cfg(test)]

@@ -34,6 +34,10 @@ pub use connections::{Connection, Connections};
 /// pool keeps its connections, it would close them under the next request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(640);
 
+/// What an HTTP/1 connection may hold back for a client that does not read, in bytes; also the longest head of a request. Without it hyper
+/// keeps some 400 KiB for each.
+const HTTP1_BUFFER: usize = 128 * 1024;
+
 /// What one stream may have under way in each direction, so that a stalled one holds back neither memory nor its neighbours.
 const STREAM_WINDOW: u32 = 256 * 1024;
 
@@ -83,7 +87,11 @@ impl Doors {
             }
         });
         let mut builder = Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(HTTP1_BUFFER);
         builder
             .http2()
             .initial_stream_window_size(STREAM_WINDOW)

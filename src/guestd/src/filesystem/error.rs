@@ -33,6 +33,9 @@ pub enum FilesystemError {
     NotADirectoryInTheWay { path: PathBuf },
     #[error("the root directory cannot be removed")]
     Root,
+    /// An absent path means the home directory, which nobody loses by leaving a field out.
+    #[error("{field}: must not be empty")]
+    NoPath { field: &'static str },
     /// The user's own rights do not suffice.
     #[error("user '{user}' may not {action} {}: {source}", path.display())]
     Denied { user: String, action: &'static str, path: PathBuf, source: io::Error },
@@ -64,20 +67,16 @@ impl FilesystemError {
     /// The Connect code of this failure (contract: envd.md sections 1.8 and 3.2).
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Identity(IdentityError::Accounts(_)) => ErrorCode::Internal,
-            Self::Identity(
-                IdentityError::InvalidUsername { .. }
-                | IdentityError::NoUser
-                | IdentityError::InvalidDefaultUser { .. },
-            ) => ErrorCode::Unauthenticated,
+            Self::Identity(error) => error.code(),
             Self::Path(PathError::OtherHome | PathError::Nul) => ErrorCode::InvalidArgument,
             Self::FileNotFound { .. } | Self::PathNotFound { .. } | Self::SourceNotFound { .. } => {
                 ErrorCode::NotFound
             }
             Self::CyclicLink { .. } => ErrorCode::FailedPrecondition,
-            Self::NotADirectory { .. } | Self::NotADirectoryInTheWay { .. } | Self::Root => {
-                ErrorCode::InvalidArgument
-            }
+            Self::NotADirectory { .. }
+            | Self::NotADirectoryInTheWay { .. }
+            | Self::Root
+            | Self::NoPath { .. } => ErrorCode::InvalidArgument,
             Self::DirectoryExists { .. } => ErrorCode::AlreadyExists,
             Self::Denied { .. } => ErrorCode::PermissionDenied,
             Self::Credentials { .. } => ErrorCode::Internal,
@@ -165,11 +164,15 @@ mod tests {
         use ErrorCode as C;
         use FilesystemError as E;
         let unreadable = AccountsError::Read { path: path(), source: io::Error::other("x") };
+        let full = io::Error::from_raw_os_error(libc::EMFILE);
+        let exhausted = AccountsError::Read { path: path(), source: full };
         let table = [
             (E::Identity(IdentityError::InvalidUsername { name: "x".into() }), C::Unauthenticated),
             (E::Identity(IdentityError::NoUser), C::Unauthenticated),
             (E::Identity(IdentityError::InvalidDefaultUser { name: "x".into() }), C::Unauthenticated),
             (E::Identity(IdentityError::Accounts(unreadable)), C::Internal),
+            (E::Identity(IdentityError::Accounts(exhausted)), C::ResourceExhausted),
+            (E::NoPath { field: "path" }, C::InvalidArgument),
             (E::Path(PathError::OtherHome), C::InvalidArgument),
             (E::Path(PathError::Nul), C::InvalidArgument),
             (E::FileNotFound { path: path() }, C::NotFound),

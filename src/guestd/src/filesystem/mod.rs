@@ -103,6 +103,10 @@ impl Caller {
     }
 }
 
+fn not_empty(field: &'static str, path: &str) -> Result<(), FilesystemError> {
+    if path.is_empty() { Err(FilesystemError::NoPath { field }) } else { Ok(()) }
+}
+
 impl Filesystem {
     pub fn new(accounts: Arc<Accounts>, settings: Arc<Settings>, activity: Arc<Activity>) -> Self {
         let watchers = Watchers::new(Arc::clone(&accounts));
@@ -158,13 +162,14 @@ impl Filesystem {
     ///
     /// # Errors
     ///
-    /// [`FilesystemError::SourceNotFound`], or what the operating system said.
+    /// [`FilesystemError::NoPath`], [`FilesystemError::SourceNotFound`], or what the operating system said.
     pub async fn rename(
         &self,
         user: RequestUser,
         source: String,
         destination: String,
     ) -> Result<EntryInfo, FilesystemError> {
+        not_empty("source", &source)?;
         self.run_in(user, destination, move |caller, names, destination| {
             change::rename(&caller.resolve(&source)?, destination, caller.owner(), names)
         })
@@ -175,8 +180,9 @@ impl Filesystem {
     ///
     /// # Errors
     ///
-    /// [`FilesystemError::Root`], or what the operating system said.
+    /// [`FilesystemError::NoPath`], [`FilesystemError::Root`], or what the operating system said.
     pub async fn remove(&self, user: RequestUser, path: String) -> Result<(), FilesystemError> {
+        not_empty("path", &path)?;
         self.run(user, move |caller, _| change::remove(&caller.resolve(&path)?)).await
     }
 

@@ -5,8 +5,8 @@ use guestd_protocol::wire::filesystem as wire;
 
 use super::Filesystem;
 use super::watch::Options;
-use super::watch::stream::Manner;
 use crate::identity::RequestUser;
+use crate::services::pace::Pace;
 
 /// A server without the middleware that inserts it has no Basic users.
 fn user(context: &RequestContext) -> RequestUser {
@@ -69,14 +69,14 @@ impl wire::Filesystem for Filesystem {
         context: RequestContext,
         request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        let manner = Manner::of(&context)?;
+        let pace = Pace::of(&context)?;
         let options = Options {
             recursive: request.recursive,
             include_entry: request.include_entry,
             allow_network_mounts: request.allow_network_mounts,
         };
         let spec = self.watch_spec(user(&context), request.path.to_owned(), options).await?;
-        let stream = self.watchers.follow(spec, manner, &self.activity).await?;
+        let stream = self.watchers.follow(spec, pace, &self.activity).await?;
         Response::stream_ok(stream)
     }
 

@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, RwLock, RwLockReadGuard};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use crate::logs::EACH_CALL;
 use groups::{Groups, Written};
 
 /// How long a freeze that nobody undoes lasts (contract: envd.md section 4.8).
@@ -168,6 +169,8 @@ impl Freezer {
             // What was frozen before has been seen: it is the guest's, and stays.
             state.inherited_thawed = true;
             freezer.watch(&mut state);
+            let Outcome { mode, requested, pre_frozen, failed, .. } = outcome;
+            tracing::info!(target: EACH_CALL, ?mode, requested, pre_frozen, failed, "workload frozen");
             outcome
         });
         Ok(done.await.unwrap_or_default())
@@ -179,7 +182,7 @@ impl Freezer {
     /// [`Busy`] when another call took too long.
     pub async fn thaw(self: &Arc<Self>) -> Result<(), Busy> {
         let state = self.lock().await?;
-        self.release(state).await;
+        self.release(state, true).await;
         Ok(())
     }
 
@@ -196,7 +199,7 @@ impl Freezer {
             tokio::task::spawn_blocking(move || audit(root, mode, &ours)).await.ok()
         };
         if thaw && self.generation() == generation {
-            self.release(state).await;
+            self.release(state, false).await;
         }
         Ok(audit)
     }
@@ -215,6 +218,7 @@ impl Freezer {
                 .map_err(std::io::Error::other)??;
             state.disk = true;
             freezer.watch(&mut state);
+            tracing::info!(target: EACH_CALL, "root file system frozen");
             Ok(())
         });
         done.await.map_err(std::io::Error::other)?
@@ -228,6 +232,7 @@ impl Freezer {
         let done = tokio::spawn(async move {
             tokio::task::spawn_blocking(move || disk::thaw(&path)).await.map_err(std::io::Error::other)??;
             state.disk = false;
+            tracing::info!(target: EACH_CALL, "root file system thawed");
             if state.ours.is_empty()
                 && let Some(watchdog) = state.watchdog.take()
             {
@@ -254,19 +259,28 @@ impl Freezer {
             tracing::warn!("nobody thawed this machine: its commands run again");
             // It is this task: it must not end itself half way.
             state.watchdog = None;
-            freezer.release(state).await;
+            freezer.release(state, false).await;
         });
         state.watchdog = Some(watchdog.abort_handle());
     }
 
-    async fn release(&self, mut state: OwnedMutexGuard<State>) {
+    /// Thaws; `told` leaves a line in the log even when nothing was frozen.
+    async fn release(&self, mut state: OwnedMutexGuard<State>, told: bool) {
         if let Some(watchdog) = state.watchdog.take() {
             watchdog.abort();
         }
         let ours = std::mem::take(&mut state.ours);
         let disk = std::mem::take(&mut state.disk).then(|| self.disk.clone());
         let inherited = !std::mem::replace(&mut state.inherited_thawed, true);
+        let (groups, with_disk) = (ours.len(), disk.is_some());
+        let told = told || groups > 0 || with_disk;
+        let tell = move || {
+            if told {
+                tracing::info!(target: EACH_CALL, groups, disk = with_disk, "workload thawed");
+            }
+        };
         if ours.is_empty() && disk.is_none() && !inherited {
+            tell();
             return;
         }
         let root = self.root.clone();
@@ -279,6 +293,8 @@ impl Freezer {
             });
             if let Err(error) = thawed.await {
                 tracing::error!(%error, "the thaw did not end");
+            } else {
+                tell();
             }
             drop(state);
         });

@@ -29,6 +29,18 @@ pub enum AccountsError {
     Read { path: PathBuf, source: io::Error },
 }
 
+impl AccountsError {
+    /// The machine has no descriptors or no memory left: the account may well be there.
+    pub fn is_exhaustion(&self) -> bool {
+        match self {
+            Self::UnknownUser { .. } => false,
+            Self::Read { source, .. } => {
+                matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+            }
+        }
+    }
+}
+
 /// Looks users and groups up below one root directory.
 #[derive(Clone, Debug)]
 pub struct Accounts {

@@ -13,6 +13,7 @@ mod paths;
 use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use connectrpc::ErrorCode;
 
 use crate::settings::Settings;
 
@@ -46,6 +47,19 @@ pub enum IdentityError {
     /// The account files cannot be read, so nobody can be looked up.
     #[error(transparent)]
     Accounts(AccountsError),
+}
+
+impl IdentityError {
+    /// The Connect code of this failure (contract: envd.md section 1.10).
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Accounts(error) if error.is_exhaustion() => ErrorCode::ResourceExhausted,
+            Self::Accounts(_) => ErrorCode::Internal,
+            Self::InvalidUsername { .. } | Self::NoUser | Self::InvalidDefaultUser { .. } => {
+                ErrorCode::Unauthenticated
+            }
+        }
+    }
 }
 
 /// The user name in the value of an `Authorization` header of the form `Basic base64("name:anything")`.

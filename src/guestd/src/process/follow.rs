@@ -1,22 +1,17 @@
 //! What a client of a process sees: start, data, end, with keepalives in between.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use connectrpc::{ConnectError, RequestContext};
 use futures_util::{Stream, stream};
 use guestd_protocol::wire::process as wire;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use wire::process_event as event;
 
 use super::encode::Item;
 use super::output::{BeyondEnd, End, Event, Reader, Status};
 use super::{Process, exit, signals};
-
-/// The header with which a client asks for keepalive frames, in whole seconds.
-const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
-const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
-const TIMEOUT_HEADER: &str = "connect-timeout-ms";
+use crate::services::pace::{Keepalive, Pace};
 
 /// The header with which a client asks for offsets, and on Connect for the output from that offset on.
 const OFFSET_HEADER: &str = "guestd-output-offset";
@@ -24,8 +19,7 @@ const OFFSET_HEADER: &str = "guestd-output-offset";
 /// What a client asks of its stream, beside the process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wishes {
-    keepalive: Duration,
-    pub(super) deadline: Option<Instant>,
+    pub(super) pace: Pace,
     offset: Option<u64>,
 }
 
@@ -48,7 +42,7 @@ impl Wishes {
     /// `invalid_argument` for a deadline or an offset that cannot be read.
     pub(super) fn of_connect(ctx: &RequestContext, from_offset: Option<u64>) -> Result<Self, ConnectError> {
         let in_header = offset(ctx)?;
-        Ok(Self { keepalive: keepalive(ctx), deadline: deadline(ctx)?, offset: from_offset.or(in_header) })
+        Ok(Self { pace: Pace::of(ctx)?, offset: from_offset.or(in_header) })
     }
 
     /// Attaches to a process, at the offset if one was asked for.
@@ -78,29 +72,6 @@ fn offset(ctx: &RequestContext) -> Result<Option<u64>, ConnectError> {
     })
 }
 
-/// Zero, negative and unreadable intervals are the default (contract: envd.md sections 2.9 and 11, weakness 9).
-fn keepalive(ctx: &RequestContext) -> Duration {
-    let asked =
-        ctx.header(KEEPALIVE_HEADER).and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
-    asked.filter(|seconds| *seconds > 0).map_or(KEEPALIVE_DEFAULT, Duration::from_secs)
-}
-
-/// The client's deadline (`Connect-Timeout-Ms`, at most ten digits).
-///
-/// # Errors
-/// `invalid_argument` when it cannot be read: a command must not run for ever because its limit was misspelt.
-fn deadline(ctx: &RequestContext) -> Result<Option<Instant>, ConnectError> {
-    if let Some(value) = ctx.header(TIMEOUT_HEADER) {
-        let text = value.to_str().unwrap_or_default();
-        if text.is_empty() || text.len() > 10 || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(ConnectError::invalid_argument(format!(
-                "{TIMEOUT_HEADER}: must be a whole number of milliseconds with at most ten digits"
-            )));
-        }
-    }
-    Ok(ctx.deadline().map(Instant::from_std))
-}
-
 /// One client's stream.
 #[derive(Debug)]
 pub(super) struct Follow {
@@ -108,22 +79,20 @@ pub(super) struct Follow {
     ready: VecDeque<Item>,
     /// The client asked for offsets.
     offsets: bool,
-    interval: Duration,
-    next_keepalive: Instant,
-    deadline: Option<Instant>,
+    pace: Pace,
+    keepalive: Keepalive,
     done: bool,
 }
 
 impl Follow {
-    pub(super) fn new(process: &Process, reader: Reader, wishes: &Wishes) -> Self {
+    pub(super) fn new(process: &Process, reader: Reader, wishes: &Wishes, origin: Instant) -> Self {
         let start = event::StartEvent { pid: process.pid, ..Default::default() };
         Self {
             reader,
             ready: VecDeque::from([item(start)]),
             offsets: wishes.offset.is_some(),
-            interval: wishes.keepalive,
-            next_keepalive: Instant::now() + wishes.keepalive,
-            deadline: wishes.deadline,
+            pace: wishes.pace,
+            keepalive: Keepalive::new(origin, &wishes.pace),
             done: false,
         }
     }
@@ -145,25 +114,25 @@ impl Follow {
         let event = tokio::select! {
             biased;
             event = self.reader.next() => event?,
-            () = super::sleep_until(self.deadline) => {
+            () = self.pace.over() => {
                 self.done = true;
                 return Some(Err(timed_out()));
             }
-            () = sleep_until(self.next_keepalive) => {
-                self.next_keepalive = Instant::now() + self.interval;
+            () = self.keepalive.due() => {
+                self.keepalive.restart();
                 return Some(Ok(item(event::KeepAlive::default())));
             }
         };
         match event {
             Event::Data { channel, offset, bytes } => {
-                self.next_keepalive = Instant::now() + self.interval;
+                self.keepalive.restart();
                 Some(Ok(Item::Data { channel, bytes, offset: self.offsets.then_some(offset) }))
             }
             Event::Gap { from, to } => Some(Ok(item(event::GapEvent { from, to, ..Default::default() }))),
             Event::End(end) => {
                 self.done = true;
                 // The stream whose deadline it was says so; a client that merely watched sees a killed process.
-                if end.timed_out && self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                if end.timed_out && self.pace.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                     return Some(Err(timed_out()));
                 }
                 Some(Ok(item(end_event(&end))))

@@ -17,8 +17,8 @@ use super::terminal::Terminal;
 /// How long a write without a deadline waits for a process that takes nothing at all.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long closing stdin lets a write that is on its way go on.
-const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// How long closing stdin lets a write that is on its way go on: enough for a process that reads, nothing for one that does not.
+const CLOSE_GRACE: Duration = Duration::from_millis(100);
 
 /// Which of the two a client means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

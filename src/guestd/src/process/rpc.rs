@@ -22,11 +22,13 @@ pub struct ProcessService {
     processes: Arc<Processes>,
     accounts: Arc<Accounts>,
     settings: Arc<Settings>,
+    /// What the keepalives of all streams are counted from.
+    origin: Instant,
 }
 
 impl ProcessService {
     pub fn new(processes: Arc<Processes>, accounts: Arc<Accounts>, settings: Arc<Settings>) -> Self {
-        Self { processes, accounts, settings }
+        Self { processes, accounts, settings, origin: Instant::now() }
     }
 }
 
@@ -60,8 +62,10 @@ impl From<SpecError> for ConnectError {
     }
 }
 
-fn unauthenticated(error: IdentityError) -> ConnectError {
-    ConnectError::unauthenticated(error.to_string())
+impl From<IdentityError> for ConnectError {
+    fn from(error: IdentityError) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
 }
 
 fn selector(selector: Option<wire::ProcessSelector>) -> Result<Selector, ConnectError> {
@@ -98,10 +102,10 @@ impl wire::Process for ProcessService {
         let wishes = Wishes::of_start(&ctx)?;
         let request = request.to_owned_message();
         let named = ctx.extensions().get::<RequestUser>().cloned().unwrap_or_default();
-        let user = effective_user(&named, &self.accounts, &self.settings).map_err(unauthenticated)?;
+        let user = effective_user(&named, &self.accounts, &self.settings)?;
         let spec = Spec::new(request, user, &self.settings.snapshot())?;
-        let (process, reader) = self.processes.start(spec, wishes.deadline)?;
-        Response::stream_ok(Follow::new(&process, reader, &wishes).events())
+        let (process, reader) = self.processes.start(spec, wishes.pace.deadline)?;
+        Response::stream_ok(Follow::new(&process, reader, &wishes, self.origin).events())
     }
 
     async fn connect(
@@ -113,7 +117,7 @@ impl wire::Process for ProcessService {
         let wishes = Wishes::of_connect(&ctx, request.from_offset)?;
         let process = self.processes.find_any(&selector(request.process.into_option())?)?;
         let reader = wishes.attach(&process)?;
-        Response::stream_ok(Follow::new(&process, reader, &wishes).events())
+        Response::stream_ok(Follow::new(&process, reader, &wishes, self.origin).events())
     }
 
     async fn update(
@@ -203,10 +207,11 @@ impl wire::Process for ProcessService {
     }
 }
 
-/// A client that breaks off; what it sent wrongly keeps its own code (contract: envd.md section 1.10).
+/// A client that breaks off, or sends what is no message, has one code (contract: envd.md section 1.10); a message that is too large and
+/// a deadline have their own.
 fn broken_input(error: ConnectError) -> ConnectError {
     match error.code {
-        ErrorCode::InvalidArgument | ErrorCode::ResourceExhausted | ErrorCode::DeadlineExceeded => error,
+        ErrorCode::ResourceExhausted | ErrorCode::DeadlineExceeded => error,
         _ => ConnectError::new(ErrorCode::Unknown, format!("error streaming input: {error}")),
     }
 }

@@ -165,12 +165,17 @@ impl System {
 
 pub fn routes(system: Arc<System>) -> Router {
     Router::new()
-        .route("/health", get(health))
-        .route("/metrics", get(measure))
-        .route("/envs", get(environment))
+        .route("/health", get(health).head(not_allowed))
+        .route("/metrics", get(measure).head(not_allowed))
+        .route("/envs", get(environment).head(not_allowed))
         .route("/init", post(init::init).layer(DefaultBodyLimit::max(INIT_LIMIT)))
         .route("/collapse", post(collapse))
         .with_state(system)
+}
+
+/// `HEAD` is not `GET` (contract: envd.md section 4).
+async fn not_allowed() -> Response {
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, HeaderValue::from_static("GET"))]).into_response()
 }
 
 async fn health() -> Response {

@@ -121,6 +121,7 @@ impl FilesError {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::User { source: AccountsError::UnknownUser { .. }, .. } => StatusCode::UNAUTHORIZED,
+            Self::User { source, .. } if source.is_exhaustion() => StatusCode::SERVICE_UNAVAILABLE,
             Self::User { source: AccountsError::Read { .. }, .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,

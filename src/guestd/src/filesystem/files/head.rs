@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use tokio::io::{AsyncRead, AsyncSeek, ReadBuf};
 use tower::ServiceExt as _;
 use tower_http::services::ServeDir;
@@ -41,7 +41,18 @@ pub(super) async fn head(path: &Path, content: &Content, request: &HeaderMap) ->
             asked.remove(header::RANGE);
         }
     }
+    if asked.get(header::RANGE).is_some_and(|range| is_longer_than(range, facts.size)) {
+        asked.insert(header::RANGE, HeaderValue::from_static("bytes=0-"));
+    }
     ask(path, &facts, asked).await
+}
+
+/// Whether a range asks for more of the end than there is, which is the whole (RFC 9110, section 14.1.2); tower-http refuses it.
+fn is_longer_than(range: &HeaderValue, size: u64) -> bool {
+    let last = range.to_str().ok().and_then(|text| text.strip_prefix("bytes=-"));
+    let digits = last.filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()));
+    // More digits than a number can have are a large one.
+    size > 0 && digits.is_some_and(|text| text.parse::<u64>().map_or(true, |length| length > size))
 }
 
 async fn ask(path: &Path, facts: &Facts, headers: HeaderMap) -> Response<()> {

@@ -242,7 +242,7 @@ impl System {
                 values.process_limits = limits;
             }
             if let Some(variables) = env_vars {
-                values.environment = variables;
+                values.set_environment(variables);
             }
             if let Some(user) = default_user.filter(|user| !user.is_empty()) {
                 values.default_user = user;

@@ -6,66 +6,23 @@
 //!
 //! Everybody else's calls do not pass through here: rewriting costs a decode for each message.
 
-use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
-use axum::body::Body;
-use axum::http::{HeaderValue, Request, Response, header};
+use axum::http::{HeaderMap, HeaderName, header};
 use connectrpc::interceptor::{Next, NextStream, PayloadStream, StreamRequest, StreamResponse};
 use connectrpc::interceptor::{UnaryRequest, UnaryResponse};
-use connectrpc::{ConnectError, ConnectRpcBody, ConnectRpcService, Interceptor, Payload};
-use futures_util::{FutureExt, StreamExt};
+use connectrpc::{ConnectError, Interceptor, Payload};
+use futures_util::StreamExt;
 use guestd_protocol::wire::{filesystem, process};
-use tower::Service;
 
 const USER_AGENT: &str = "connect-python";
-const MARK: &str = "x-e2b-legacy-sdk";
+pub(super) const MARK: HeaderName = HeaderName::from_static("x-e2b-legacy-sdk");
 
-/// The services as they are, and as the old client knows them.
-#[derive(Clone)]
-pub struct Legacy {
-    present: ConnectRpcService,
-    old: ConnectRpcService,
+/// Whether a request comes from the old client.
+pub(super) fn is_old(headers: &HeaderMap) -> bool {
+    headers.get(header::USER_AGENT).is_some_and(|agent| agent == USER_AGENT)
 }
 
-impl Legacy {
-    pub fn new(present: ConnectRpcService) -> Self {
-        let old = present.clone().with_interceptor(OldShape);
-        Self { present, old }
-    }
-}
-
-impl std::fmt::Debug for Legacy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Legacy").finish_non_exhaustive()
-    }
-}
-
-impl Service<Request<Body>> for Legacy {
-    type Response = Response<ConnectRpcBody>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        if request.headers().get(header::USER_AGENT).is_none_or(|agent| agent != USER_AGENT) {
-            return self.present.call(request);
-        }
-        let answer = self.old.call(request).map(|answer| {
-            answer.map(|mut answer| {
-                answer.headers_mut().insert(MARK, HeaderValue::from_static("true"));
-                answer
-            })
-        });
-        Box::pin(answer)
-    }
-}
-
-struct OldShape;
+/// Gives the old client what it knows.
+pub(super) struct OldShape;
 
 #[connectrpc::async_trait]
 impl Interceptor for OldShape {
