@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.connect import Stream, call, open_stream, process
+from harness.connect import JSON_STREAM, Stream, call, envelope, frames, open_stream, process
 from harness.guestd import Guestd
 
 HOST = {"X-Guestd-Control": "host"}
@@ -83,6 +83,33 @@ def test_a_command_stands_still_until_the_next_init(frozen_agent):
         assert not is_frozen(root / "user")
         stream.until("data")
         call(client, "process.Process/SendSignal", {"process": {"tag": "ticker"}, "signal": "SIGNAL_SIGKILL"})
+
+
+def lines_until(client, last: str) -> list[tuple[str, dict]]:
+    """The agent's log, up to a message."""
+    told = []
+    with client.stream(
+        "POST", "/logs.v1.Logs/Follow", content=envelope({}), headers={**HOST, "Content-Type": JSON_STREAM}
+    ) as response:
+        for _flags, payload in frames(response.iter_raw()):
+            told += [(line["message"], line.get("fields", {})) for line in json.loads(payload).get("lines", [])]
+            if any(message == last for message, _ in told):
+                return told
+    raise AssertionError(f"the log ended without {last!r}: {told}")
+
+
+def test_a_freeze_and_a_thaw_are_in_the_agents_log(tmp_path):
+    agent = Guestd("--cgroup-root", str(tmp_path)).start()
+    try:
+        with agent.client() as client:
+            assert client.post("/init", headers=HOST).status_code == 204
+            assert client.post("/freeze", headers=HOST).status_code == 204
+            assert client.post("/unfreeze", headers=HOST).status_code == 204
+            told = [line for line in lines_until(client, "workload thawed") if line[0].startswith("workload")]
+    finally:
+        agent.close()
+    assert [message for message, _ in told] == ["workload frozen", "workload thawed"]
+    assert told[0][1]["requested"] == "0"
 
 
 def test_hierarchy_freezes_all_but_what_the_machine_needs_and_respects_the_guests_own_freeze(frozen_agent):

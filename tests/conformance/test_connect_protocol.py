@@ -72,6 +72,27 @@ def test_json_that_is_no_message_is_an_invalid_argument(plane, body):
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
 
 
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@contract("1.7/invalid_argument", "3.2/remove")
+def test_an_array_is_not_taken_for_the_fields_of_a_removal(plane, box, encoding):
+    plane.sh(f"touch {box}/kept")
+    for message in (f'["{box}"]', f' \n["{box}/kept"]', "[]", "null"):
+        body = gzip.compress(message.encode()) if encoding == "gzip" else message.encode()
+        answer = post(plane, "filesystem.Filesystem/Remove", body, Content_Encoding=encoding)
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
+        assert "a message is an object" in answer.json()["message"]
+    assert plane.fs("Stat", path=f"{box}/kept").status == 200
+
+
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/Connect", "filesystem.Filesystem/WatchDir"])
+@contract("1.6/malformed", "1.7/invalid_argument")
+def test_an_array_is_no_message_of_a_stream(plane, method):
+    for body in (b"[]", b'[{"cmd": "/bin/true"}]', b"null"):
+        told = end_frame(post(plane, method, envelope(body), JSON_STREAM))
+        assert (told["messages"], told["error"]["code"]) == (0, "invalid_argument")
+        assert "a message is an object" in told["error"]["message"]
+
+
 @hosted
 @methods(STREAMS)
 @contract("1.6/status", "1.6/malformed", "1.6/end-frame", "1.6/content-type")

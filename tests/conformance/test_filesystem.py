@@ -395,6 +395,17 @@ def test_a_remove_takes_everything_below_and_is_content_with_nothing(plane, box,
     assert plane.fs("Remove", codec, path=f"{box}/never/was").ok() == {}
 
 
+@CODECS
+@contract("3.2/remove", "3.2/move")
+def test_leaving_the_path_out_costs_nobody_the_home_folder(plane, box, codec):
+    """A path that is left out means the home folder, wherever nothing can be lost by it."""
+    for method, message, field in (("Remove", {}, "path"), ("Move", {"destination": f"{box}/home"}, "source")):
+        status, code, text = plane.fs(method, codec, **message).error
+        assert (status, code) == (400, "invalid_argument")
+        assert text.startswith(f"{field}: ")
+    assert plane.fs("Stat", path="").ok()["entry"]["path"] == HOME
+
+
 @hosted
 @contract("3.2/remove")
 def test_a_remove_takes_the_link_and_not_its_target(plane, box):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from harness.connect import Stream
 from harness.planes import HOME, b64, basic
 
 contract = pytest.mark.contract
@@ -158,6 +159,29 @@ def test_a_machine_that_has_no_more_room_says_so_and_recovers(fresh, room):
         resource.prlimit(agent, resource.RLIMIT_NOFILE, (soft, hard))
     assert error["code"] == "resource_exhausted", "and nothing about who may do what: not reading /etc/passwd is no wrong name"
     assert fresh.start("/bin/true", cwd="/").exit_code == 0
+
+
+@pytest.mark.parametrize("user", [None, "user"], ids=["default", "named"])
+@contract("1.10/exhausted", "1.7/resource_exhausted")
+def test_an_account_that_cannot_be_read_is_no_wrong_name(fresh, user):
+    """With no descriptor left, each route tells so in its own form."""
+    headers = basic(user) if user else {}
+    query = {"path": "/etc/hostname", **({"username": user} if user else {})}
+    fresh.process("List").ok()
+    time.sleep(0.2)
+    agent = fresh.guestd.process.pid
+    soft, hard = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+    resource.prlimit(agent, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{agent}/fd")), hard))
+    try:
+        stat = fresh.fs("Stat", path="/", _headers=headers)
+        with fresh.begin("/bin/true", cwd="/", headers=headers) as response:
+            ran = Stream(response).rest()
+        file = fresh.http.get("/files", params=query, headers=headers)
+    finally:
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, (soft, hard))
+    assert stat.error[:2] == (429, "resource_exhausted")
+    assert (ran.order, ran.error["code"]) == (["end frame"], "resource_exhausted")
+    assert (file.status_code, file.json()["code"]) == (503, 503)
 
 
 # --- who ---

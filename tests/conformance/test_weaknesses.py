@@ -217,8 +217,8 @@ def test_w10_a_full_pipe_blocks_neither_for_ever_nor_anybody_else(plane):
             assert plane.process("List").status == 200
             assert time.monotonic() - began < 1.2, "closing did not wait for the write"
             status, code, _ = sent.result(timeout=10).error
-            assert time.monotonic() - began < 5
-        assert (status, code) in [(504, "deadline_exceeded"), (500, "internal")]
+            assert time.monotonic() - began < 1.4
+        assert (status, code) == (500, "internal"), "the write ended with the close, and not at its own deadline"
         plane.signal(who["process"]["pid"])
 
 

@@ -62,3 +62,16 @@ impl Settings {
         change(&mut self.values.write().unwrap_or_else(PoisonError::into_inner));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_own_variables_cannot_come_from_a_host() {
+        let mut values = Settings::new(false).snapshot();
+        let given = OWN_VARIABLES.map(|name| (name.to_owned(), "mine".to_owned()));
+        values.set_environment(given.into_iter().chain([("A".to_owned(), "1".to_owned())]).collect());
+        assert_eq!(values.environment, BTreeMap::from([("A".to_owned(), "1".to_owned())]));
+    }
+}

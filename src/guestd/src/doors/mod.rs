@@ -235,6 +235,9 @@ pub fn find_serial(name: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
 
@@ -246,5 +249,31 @@ mod tests {
             let _listener = bind_unix(&path).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_makes_the_agent_hold_little_back() {
+        const CHUNK: usize = 16 * 1024;
+        let taken = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&taken);
+        let endless = move || {
+            let counter = Arc::clone(&counter);
+            let chunks = futures_util::stream::repeat_with(move || {
+                counter.fetch_add(CHUNK, Ordering::Relaxed);
+                Ok::<_, io::Error>(bytes::Bytes::from(vec![0; CHUNK]))
+            });
+            std::future::ready(Body::from_stream(chunks))
+        };
+        let router = Router::new().route("/", axum::routing::get(endless));
+        let (mut client, server) = tokio::io::duplex(1024);
+        let doors = Doors::new(router, Arc::default(), Connections::default());
+        let serving = tokio::spawn(async move { doors.serve(server, Peer::Unix).await });
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        for _ in 0..10_000 {
+            tokio::task::yield_now().await;
+        }
+        let taken = taken.load(Ordering::Relaxed);
+        assert!((CHUNK..=HTTP1_BUFFER + 2 * CHUNK).contains(&taken), "{taken}");
+        serving.abort();
     }
 }

@@ -153,3 +153,24 @@ impl File for Unopened {
         ready(Ok(self.1.clone()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_of_more_than_there_is_from_the_end_is_recognised() {
+        for (range, size, longer) in [
+            ("bytes=-100", 10, true),
+            ("bytes=-99999999999999999999999", 10, true),
+            ("bytes=-10", 10, false),
+            ("bytes=-100", 0, false),
+            ("bytes=-", 10, false),
+            ("bytes=-1-5", 10, false),
+            ("bytes=-100,0-1", 10, false),
+            ("bytes=100-", 10, false),
+        ] {
+            assert_eq!(is_longer_than(&HeaderValue::from_static(range), size), longer, "{range}");
+        }
+    }
+}
