@@ -117,9 +117,10 @@ fn build(config: &Config, logs: Arc<Logs>) -> Built {
     let freezer = Freezer::new(config.cgroup_root.clone(), config.root.clone());
     let activity = Activity::new(Policy::default());
     let inhibition = Inhibition::new(Arc::clone(&activity));
-    let notices = Arc::new(Notices::new(Arc::clone(&activity), PathBuf::from(notice::HOOKS)));
     let cgroups = Arc::new(Cgroups::prepare(&config.cgroups));
     let processes = Processes::new(Arc::clone(&activity), Arc::clone(&cgroups));
+    let notices = PathBuf::from(notice::HOOKS);
+    let notices = Arc::new(Notices::new(Arc::clone(&activity), Arc::clone(&processes), notices));
     let files =
         Arc::new(Filesystem::new(Arc::clone(&accounts), Arc::clone(&settings), Arc::clone(&activity)));
     let system = System::new(

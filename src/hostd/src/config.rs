@@ -191,6 +191,9 @@ pub struct Serve {
     /// For tests of the two-phase release: a pause in each of its windows, in milliseconds.
     #[arg(long, env = "HOSTD_RELEASE_PAUSE_MS", default_value_t = 0, hide = true)]
     pub release_pause_ms: u64,
+    /// For simulations: start no machines, but take an agent from this folder of Unix sockets for each sandbox.
+    #[arg(long, hide = true)]
+    pub simulated_guests: Option<PathBuf>,
 }
 
 impl Serve {

@@ -15,6 +15,7 @@ use crate::lifetime::{Sandboxes, Setup};
 use crate::metrics::Metrics;
 use crate::runtime::container::Container;
 use crate::runtime::qemu::{Accelerator, LinkDevice, Qemu, measure_tsc_khz};
+use crate::runtime::simulated::Simulated;
 use crate::runtime::{Images, Runtime, Size, kvm};
 use crate::store::Store;
 use crate::{listen, proxy};
@@ -135,6 +136,10 @@ fn prepare_folders(data: &Path) -> Result<PathBuf> {
 }
 
 async fn choose_runtime(config: &Serve, images: Arc<Images>) -> Result<Box<dyn Runtime>> {
+    if let Some(guests) = &config.simulated_guests {
+        tracing::warn!("guests are simulated: no machine is started");
+        return Ok(Box::new(Simulated { guests: guests.clone() }));
+    }
     let qemu = find_program(&config.qemu);
     match (config.runtime, qemu) {
         (RuntimeChoice::Qemu | RuntimeChoice::Auto, Some(qemu)) => {

@@ -1,6 +1,6 @@
 //! What the agent knows about being used: the ledger of holds, the admission fence, and who waits for their changes.
 //!
-//! [`Activity`] owns both under one lock, so that a call is admitted and held in one step: there is no moment in which an accepted
+//! [`Activity`] owns both (a [`Gate`]) under one lock, so that a call is admitted and held in one step: there is no moment in which an accepted
 //! call is not counted. `middleware` holds for each call by the routes table, `rpc` speaks to the host. The rules themselves are in
 //! `guestd_idle`.
 
@@ -12,8 +12,7 @@ mod sampling;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use guestd_idle::admission::Entry;
-use guestd_idle::{Admission, HoldClass, HoldId, Ledger, Moment, Policy};
+use guestd_idle::{Gate, HoldClass, HoldId, Ledger, Moment, Passage, Policy};
 use guestd_protocol::wire::activity::v1 as wire;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -30,8 +29,7 @@ pub struct Gone;
 
 #[derive(Debug)]
 struct Inner {
-    ledger: Ledger,
-    admission: Admission,
+    gate: Gate,
     /// A task looks for progress that nobody reports.
     sampling: bool,
 }
@@ -46,11 +44,11 @@ pub struct Activity {
 
 impl Activity {
     pub fn new(policy: Policy) -> Arc<Self> {
-        let ledger = Ledger::new(policy, Moment::default());
-        let changes = watch::Sender::new(ledger.sequence());
+        let gate = Gate::new(policy, Moment::default());
+        let changes = watch::Sender::new(gate.ledger.sequence());
         Arc::new(Self {
             origin: Instant::now(),
-            inner: Mutex::new(Inner { ledger, admission: Admission::default(), sampling: false }),
+            inner: Mutex::new(Inner { gate, sampling: false }),
             fence: Notify::new(),
             changes,
         })
@@ -64,14 +62,14 @@ impl Activity {
     /// Counts by `policy` from now on.
     pub fn set_policy(self: &Arc<Self>, policy: Policy) {
         let now = self.now();
-        self.change(|inner| inner.ledger.set_policy(policy, now));
+        self.change(|inner| inner.gate.ledger.set_policy(policy, now));
         sampling::start(self);
     }
 
     /// Adds a line to the history.
     pub fn note(&self, what: impl Into<String>) {
         let now = self.now();
-        self.lock().ledger.note(now, what);
+        self.lock().gate.ledger.note(now, what);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -88,17 +86,15 @@ impl Activity {
             let wait = {
                 let now = self.now();
                 let mut inner = self.lock();
-                match inner.admission.enter(now) {
-                    Entry::Admitted => {
-                        // Under the same lock: a prepare between the two would call this sandbox ready.
-                        let id = inner.ledger.begin(class, shortened(origin), 0, now);
-                        let sequence = inner.ledger.sequence();
+                match inner.gate.admit(class, shortened(origin), now) {
+                    Passage::Admitted(id) => {
+                        let sequence = inner.gate.ledger.sequence();
                         drop(inner);
                         self.changes.send_replace(sequence);
                         return Ok(HoldGuard { activity: Arc::clone(self), id });
                     }
-                    Entry::Gone => return Err(Gone),
-                    Entry::Wait(until) => until.since(now),
+                    Passage::Gone => return Err(Gone),
+                    Passage::Wait(until) => until.since(now),
                 }
             };
             // Either the fence changed or the host has been silent for too long.
@@ -109,7 +105,7 @@ impl Activity {
     /// A hold of something that is already inside: a process that a held call starts.
     pub fn hold(self: &Arc<Self>, class: HoldClass, origin: &str) -> HoldGuard {
         let now = self.now();
-        let id = self.change(|inner| inner.ledger.begin(class, shortened(origin), 0, now));
+        let id = self.change(|inner| inner.gate.ledger.begin(class, shortened(origin), 0, now));
         HoldGuard { activity: Arc::clone(self), id }
     }
 
@@ -117,13 +113,12 @@ impl Activity {
     pub fn prepare(&self, epoch: u64, idle_for: Duration) -> (bool, wire::Report) {
         let now = self.now();
         let mut inner = self.lock();
-        let closed = inner.admission.prepare(epoch, now);
-        let ready = closed && inner.ledger.counting() == 0 && inner.ledger.idle_for(now) >= idle_for;
-        if closed && !ready {
-            inner.admission.abort(epoch);
-        }
-        inner.ledger.note(now, format!("release {epoch} asked: {}", if ready { "ready" } else { "busy" }));
-        let report = report(&inner.ledger, now);
+        let ready = inner.gate.prepare(epoch, idle_for, now);
+        inner
+            .gate
+            .ledger
+            .note(now, format!("release {epoch} asked: {}", if ready { "ready" } else { "busy" }));
+        let report = report(&inner.gate.ledger, now);
         drop(inner);
         self.fence.notify_waiters();
         (ready, report)
@@ -132,39 +127,39 @@ impl Activity {
     /// False when the fence of this epoch is not closed any more.
     pub fn commit(&self, epoch: u64) -> bool {
         let now = self.now();
-        let committed = self.lock().admission.commit(epoch, now);
+        let committed = self.lock().gate.commit(epoch, now);
         self.fence.notify_waiters();
         committed
     }
 
     pub fn abort(&self, epoch: u64) {
-        self.lock().admission.abort(epoch);
+        self.lock().gate.abort(epoch);
         self.fence.notify_waiters();
     }
 
     pub fn report(&self) -> wire::Report {
         let now = self.now();
-        report(&self.lock().ledger, now)
+        report(&self.lock().gate.ledger, now)
     }
 
     /// Zero while a counting hold lives.
     pub fn idle_for(&self) -> Duration {
         let now = self.now();
-        self.lock().ledger.idle_for(now)
+        self.lock().gate.ledger.idle_for(now)
     }
 
     pub fn explain(&self) -> wire::ExplainResponse {
         let now = self.now();
         let inner = self.lock();
-        let transitions = inner.ledger.transitions().map(|transition| wire::Transition {
+        let transitions = inner.gate.ledger.transitions().map(|transition| wire::Transition {
             age_ms: millis(now.since(transition.at)),
             what: transition.what.clone(),
             ..Default::default()
         });
         wire::ExplainResponse {
             transitions: transitions.collect(),
-            report: report(&inner.ledger, now).into(),
-            admission: inner.admission.name().to_owned(),
+            report: report(&inner.gate.ledger, now).into(),
+            admission: inner.gate.state_name().to_owned(),
             ..Default::default()
         }
     }
@@ -177,7 +172,7 @@ impl Activity {
     fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
         let mut inner = self.lock();
         let result = change(&mut inner);
-        let sequence = inner.ledger.sequence();
+        let sequence = inner.gate.ledger.sequence();
         drop(inner);
         self.changes.send_if_modified(|known| std::mem::replace(known, sequence) != sequence);
         result
@@ -231,17 +226,17 @@ impl HoldGuard {
     /// Bytes or events passed. Wakes nobody: the host asks before it releases.
     pub fn progress(&self, bytes: u64) {
         let now = self.activity.now();
-        self.activity.lock().ledger.progress(self.id, bytes, now);
+        self.activity.lock().gate.ledger.progress(self.id, bytes, now);
     }
 
     pub fn reclass(&self, class: HoldClass) {
         let now = self.activity.now();
-        self.activity.change(|inner| inner.ledger.reclass(self.id, class, now));
+        self.activity.change(|inner| inner.gate.ledger.reclass(self.id, class, now));
         sampling::start(&self.activity);
     }
 
     pub fn name_process(&self, pid: u32) {
-        self.activity.lock().ledger.name_process(self.id, pid);
+        self.activity.lock().gate.ledger.name_process(self.id, pid);
         sampling::start(&self.activity);
     }
 }
@@ -249,7 +244,7 @@ impl HoldGuard {
 impl Drop for HoldGuard {
     fn drop(&mut self) {
         let now = self.activity.now();
-        self.activity.change(|inner| inner.ledger.end(self.id, now));
+        self.activity.change(|inner| inner.gate.ledger.end(self.id, now));
     }
 }
 

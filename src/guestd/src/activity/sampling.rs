@@ -2,7 +2,7 @@
 //!
 //! The one periodic task of the agent. It runs only while such a process lives and ends with the last one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const WORK: Duration = Duration::from_millis(20);
 pub(super) fn start(activity: &Arc<Activity>) {
     {
         let mut inner = activity.lock();
-        if inner.sampling || inner.ledger.sampled().next().is_none() {
+        if inner.sampling || inner.gate.ledger.sampled().next().is_none() {
             return;
         }
         inner.sampling = true;
@@ -36,7 +36,7 @@ async fn run(activity: &Arc<Activity>) {
     loop {
         let processes: Vec<_> = {
             let mut inner = activity.lock();
-            let processes: Vec<_> = inner.ledger.sampled().collect();
+            let processes: Vec<_> = inner.gate.ledger.sampled().collect();
             if processes.is_empty() {
                 inner.sampling = false;
                 return;
@@ -52,7 +52,7 @@ async fn run(activity: &Arc<Activity>) {
             // A process that ended took its time out of a sum: less is not work.
             if known.get(hold).is_some_and(|before| used.saturating_sub(*before) >= WORK) {
                 let now = activity.now();
-                activity.lock().ledger.progress(*hold, 0, now);
+                activity.lock().gate.ledger.progress(*hold, 0, now);
             }
         }
         known = now_known;
@@ -60,9 +60,10 @@ async fn run(activity: &Arc<Activity>) {
     }
 }
 
-/// The processor time of a process and of what it started: its control group's where it has one of its own, else its process group's.
+/// The processor time of a process and of what it started: its control group's where it has one of its own, else its process group's and
+/// its descendants'.
 fn processor_time(pid: u32) -> Option<Duration> {
-    own_group_time(pid).or_else(|| process_group_time(pid))
+    own_group_time(pid).or_else(|| family_time(pid))
 }
 
 fn own_group_time(pid: u32) -> Option<Duration> {
@@ -78,27 +79,57 @@ fn own_group_time(pid: u32) -> Option<Duration> {
     Some(Duration::from_micros(micros))
 }
 
-fn process_group_time(group: u32) -> Option<Duration> {
+fn family_time(leader: u32) -> Option<Duration> {
     let ticks_per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|n| u64::try_from(n).ok())?;
-    let ticks: u64 = std::fs::read_dir("/proc")
+    let running: Vec<_> = std::fs::read_dir("/proc")
         .ok()?
         .flatten()
         .filter(|entry| entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit))
-        .filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok())
-        .filter_map(|stat| ticks_of(&stat, group))
-        .sum();
-    Some(Duration::from_millis(ticks * 1000 / ticks_per_second.max(1)))
+        .filter_map(|entry| Running::parse(&std::fs::read_to_string(entry.path().join("stat")).ok()?))
+        .collect();
+    Some(Duration::from_millis(family_ticks(leader, &running) * 1000 / ticks_per_second.max(1)))
 }
 
-/// The ticks of one line of `/proc/<pid>/stat` (proc(5)), if it is of this process group: its own and those of children that it waited for.
-fn ticks_of(stat: &str, group: u32) -> Option<u64> {
-    // The name is in parentheses and may hold anything, parentheses included.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    // After the name: state is field 3 of proc(5), pgrp 5, utime to cstime 14 to 17.
-    if fields.get(2)?.parse() != Ok(group) {
-        return None;
+/// One process, as `/proc/<pid>/stat` has it (proc(5)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Running {
+    pid: u32,
+    parent: u32,
+    group: u32,
+    /// Its own and those of children that it waited for.
+    ticks: u64,
+}
+
+impl Running {
+    fn parse(stat: &str) -> Option<Self> {
+        // The name is in parentheses and may hold anything, parentheses included.
+        let (start, rest) = stat.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        // After the name: state is field 3, ppid 4, pgrp 5, utime to cstime 14 to 17.
+        Some(Self {
+            pid: start.split_whitespace().next()?.parse().ok()?,
+            parent: fields.get(1)?.parse().ok()?,
+            group: fields.get(2)?.parse().ok()?,
+            ticks: fields.get(11..15)?.iter().map(|ticks| ticks.parse::<u64>().ok()).sum::<Option<_>>()?,
+        })
     }
-    fields.get(11..15)?.iter().map(|ticks| ticks.parse::<u64>().ok()).sum()
+}
+
+/// The ticks of the leader's process group and of its descendants: timeout(1) and shells with job control give what they start a group
+/// of its own.
+fn family_ticks(leader: u32, running: &[Running]) -> u64 {
+    let mut family: HashSet<u32> = HashSet::from([leader]);
+    loop {
+        let joins = |one: &&Running| {
+            !family.contains(&one.pid) && (one.group == leader || family.contains(&one.parent))
+        };
+        let new: Vec<_> = running.iter().filter(joins).map(|one| one.pid).collect();
+        if new.is_empty() {
+            break;
+        }
+        family.extend(new);
+    }
+    running.iter().filter(|one| family.contains(&one.pid)).map(|one| one.ticks).sum()
 }
 
 #[cfg(test)]
@@ -107,21 +138,36 @@ mod tests {
 
     #[test]
     fn a_name_with_parentheses_does_not_shift_the_fields() {
-        let stat = "77 (a) b (c)) S 1 42 42 0 -1 4194560 100 0 0 0 3 4 5 6 20 0 1 0 100";
-        assert_eq!(ticks_of(stat, 42), Some(3 + 4 + 5 + 6));
-        assert_eq!(ticks_of(stat, 43), None);
-        assert_eq!(ticks_of("garbage", 42), None);
+        let stat = "77 (a) b (c)) S 1 42 43 0 -1 4194560 100 0 0 0 3 4 5 6 20 0 1 0 100";
+        assert_eq!(
+            Running::parse(stat),
+            Some(Running { pid: 77, parent: 1, group: 42, ticks: 3 + 4 + 5 + 6 })
+        );
+        assert_eq!(Running::parse("garbage"), None);
     }
 
     #[test]
-    fn the_work_of_a_busy_group_is_seen() {
-        // SAFETY: getpgrp cannot fail.
-        let group = u32::try_from(unsafe { libc::getpgrp() }).unwrap();
-        let before = process_group_time(group).unwrap();
+    fn work_in_a_group_of_its_own_is_the_commands_work() {
+        let one = |pid, parent, group, ticks| Running { pid, parent, group, ticks };
+        // A shell, timeout(1) below it with a group of its own, its child, an orphan of the shell's group, and a stranger.
+        let running = [
+            one(20, 1, 10, 8),
+            one(12, 11, 11, 4),
+            one(10, 1, 10, 1),
+            one(11, 10, 11, 2),
+            one(30, 1, 30, 16),
+        ];
+        assert_eq!(family_ticks(10, &running), 1 + 2 + 4 + 8);
+        assert_eq!(family_ticks(99, &running), 0);
+    }
+
+    #[test]
+    fn the_work_of_a_busy_process_is_seen() {
+        let before = family_time(std::process::id()).unwrap();
         let begun = std::time::Instant::now();
         while begun.elapsed() < Duration::from_millis(300) {
             std::hint::black_box(begun);
         }
-        assert!(process_group_time(group).unwrap() > before);
+        assert!(family_time(std::process::id()).unwrap() > before);
     }
 }

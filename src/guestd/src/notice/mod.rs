@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::activity::Activity;
+use crate::process::Processes;
 
 /// The folder of the hooks. Only executables that root owns and nobody else may write are run: they run as the agent does.
 pub const HOOKS: &str = "/etc/guestd/before-end.d";
@@ -37,14 +38,15 @@ pub enum Given {
 #[derive(Debug)]
 pub struct Notices {
     activity: Arc<Activity>,
+    processes: Arc<Processes>,
     hooks: PathBuf,
     /// Hooks are running: a second notice does not start them again.
     running: Arc<AtomicBool>,
 }
 
 impl Notices {
-    pub fn new(activity: Arc<Activity>, hooks: PathBuf) -> Self {
-        Self { activity, hooks, running: Arc::default() }
+    pub fn new(activity: Arc<Activity>, processes: Arc<Processes>, hooks: PathBuf) -> Self {
+        Self { activity, processes, hooks, running: Arc::default() }
     }
 
     /// Tells the machine that it ends in `ends_in`, unless it has not been idle for `idle_for`.
@@ -52,7 +54,9 @@ impl Notices {
         if idle_for.is_some_and(|idle_for| self.activity.idle_for() < idle_for) {
             return Given::InUse;
         }
-        self.activity.note(format!("notice: {reason} in {:.0} s", ends_in.as_secs_f64()));
+        let seconds = ends_in.as_secs_f64();
+        self.activity.note(format!("notice: {reason} in {seconds:.0} s"));
+        self.processes.announce(&format!("this sandbox ends in {seconds:.0} s: {reason}"));
         if self.running.swap(true, Ordering::AcqRel) {
             return Given::Told { hooks: 0 };
         }
@@ -98,7 +102,8 @@ async fn run(hook: &Path, reason: &str, ends_in: Duration) {
         .env_clear()
         .env("PATH", PATH)
         .env("GUESTD_END_REASON", reason)
-        .env("GUESTD_END_IN_SECONDS", ends_in.as_secs().to_string())
+        // Rounded: the notice took a few milliseconds to come.
+        .env("GUESTD_END_IN_SECONDS", format!("{:.0}", ends_in.as_secs_f64()))
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -132,6 +137,7 @@ async fn run(hook: &Path, reason: &str, ends_in: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cgroup::{self, Cgroups};
     use std::os::unix::fs::PermissionsExt as _;
 
     fn hook(folder: &Path, name: &str, script: &str, mode: u32) {
@@ -147,7 +153,10 @@ mod tests {
     }
 
     fn notices(folder: &Path) -> Notices {
-        Notices::new(Activity::new(guestd_idle::Policy::default()), folder.to_owned())
+        let activity = Activity::new(guestd_idle::Policy::default());
+        let processes =
+            Processes::new(Arc::clone(&activity), Arc::new(Cgroups::prepare(&cgroup::Choice::Off)));
+        Notices::new(activity, processes, folder.to_owned())
     }
 
     async fn settled(notices: &Notices) {

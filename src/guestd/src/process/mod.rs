@@ -340,6 +340,14 @@ impl Processes {
         live
     }
 
+    /// Shows a line to whoever looks at a terminal now. Nobody is waited for, and it is no use of the machine.
+    pub fn announce(&self, line: &str) {
+        let bytes = bytes::Bytes::from(format!("\r\n[guestd] {line}\r\n"));
+        for process in self.list().iter().filter(|process| process.has_terminal()) {
+            process.output.announce(Channel::Pty, bytes.clone());
+        }
+    }
+
     /// A live process.
     ///
     /// # Errors

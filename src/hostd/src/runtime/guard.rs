@@ -119,8 +119,10 @@ impl Guard {
             let folder = plan.folder.as_deref().unwrap_or(".");
             self.await_helper(&helper.command, &Path::new(folder).join(&helper.socket))?;
         }
-        let main = spawn(&plan.main, plan, &inputs, writer.try_clone()?.into(), writer.into())?;
-        self.children.push(main);
+        if !plan.main.is_empty() {
+            let main = spawn(&plan.main, plan, &inputs, writer.try_clone()?.into(), writer.into())?;
+            self.children.push(main);
+        }
         drop(inputs);
         self.watch(&signals, Console::new_in(Path::new("."), console)?)
     }

@@ -9,6 +9,7 @@ pub mod image;
 pub mod kvm;
 mod machine;
 pub mod qemu;
+pub mod simulated;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,7 +51,7 @@ pub struct Plan {
     pub inputs: Vec<Input>,
     /// A program that has to be up first: it is, when `socket` exists.
     pub helper: Option<Helper>,
-    /// The program whose end is the sandbox's end.
+    /// The program whose end is the sandbox's end; empty for a simulated guest.
     pub main: Vec<String>,
     /// Run at the end, one after the other, each for a few seconds at most.
     pub at_end: Vec<Vec<String>>,

@@ -341,6 +341,25 @@ impl Output {
         }
     }
 
+    /// Shows attached clients a line that is not the process's. It is no progress, and a client that is behind is not waited for: then
+    /// there is no line.
+    pub(super) fn announce(&self, channel: Channel, bytes: Bytes) {
+        let shared = &self.shared;
+        let cost = log::cost(bytes.len());
+        shared.budget.make_room(cost);
+        shared.change(|state, used_by_others| {
+            let clients = state.end.is_none() && !state.places.is_empty();
+            let behind_since = state.behind_since;
+            if clients && state.room(cost, &shared.budget, used_by_others) == Room::Free {
+                state.log.append(channel, bytes);
+            } else {
+                // Only what the process writes may set a slow client its time.
+                state.behind_since = behind_since;
+            }
+        });
+        shared.readable.notify_waiters();
+    }
+
     /// Nothing comes after this.
     pub(super) fn finish(&self, end: End) {
         let mut state = self.shared.lock();

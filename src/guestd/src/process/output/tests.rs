@@ -327,3 +327,36 @@ async fn a_command_counts_while_a_client_is_attached_and_until_its_end_was_read(
     drop(second);
     assert_eq!((activity.report().counting, activity.report().holds.len()), (0, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_line_of_the_agents_own_reaches_who_is_attached_waits_for_nobody_and_is_no_use() {
+    let activity = Activity::new(guestd_idle::Policy::default());
+    let hold = activity.hold(guestd_idle::HoldClass::Terminal, "bash");
+    let attachment = Attachment::new(hold, guestd_idle::HoldClass::Terminal);
+    let output = Output::new(attachment, Budget::new(TOTAL_LIMIT));
+    output.announce(Channel::Pty, Bytes::from_static(b"to nobody"));
+    let mut reader = output.attach();
+    tokio::time::advance(Duration::from_secs(5)).await;
+    output.announce(Channel::Pty, Bytes::from_static(b"ends soon"));
+    let seen = reader.next().await;
+    assert!(
+        matches!(&seen, Some(Event::Data { channel: Channel::Pty, bytes, .. }) if bytes == "ends soon"),
+        "{seen:?}"
+    );
+    assert_eq!(activity.idle_for(), Duration::from_secs(5));
+    // A client that has stopped reading holds the process back; it does not hold up the line, and loses nothing of what it has yet to read.
+    for number in 0..LOG_LIMIT / CHUNK {
+        let written = output.write(Channel::Pty, chunk(number));
+        if tokio::time::timeout(Duration::from_millis(1), written).await.is_err() {
+            break;
+        }
+    }
+    output.announce(Channel::Pty, Bytes::from_static(b"once more"));
+    output.finish(end());
+    let mut last = None;
+    while let Some(event) = reader.next().await {
+        assert_ne!(event, Event::CutOff);
+        last = Some(event);
+    }
+    assert!(matches!(last, Some(Event::End(_))));
+}
