@@ -58,6 +58,11 @@ const HELLO_PAUSE: Duration = Duration::from_millis(250);
 /// A pause after a failed accept (no descriptors left), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// A byte stream of any door.
+trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
+
 #[derive(Clone, Debug)]
 pub struct Doors {
     router: Router,
@@ -72,6 +77,11 @@ impl Doors {
 
     /// Serves one byte stream to its end, or until it is cut. Requests carry the [`Peer`] and the [`Connection`] in their extensions.
     pub async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
+        // One HTTP server in the binary for all doors: one for each kind of stream takes 100 kB a kind.
+        self.serve_stream(Box::new(stream), peer).await;
+    }
+
+    async fn serve_stream(&self, stream: Box<dyn ByteStream>, peer: Peer) {
         let doors = self.clone();
         let connection = self.connections.enter();
         let carried = connection.clone();
@@ -154,8 +164,8 @@ impl Doors {
     }
 
     fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
-        let doors = self.clone();
-        tokio::spawn(async move { doors.serve(stream, peer).await });
+        let (doors, stream) = (self.clone(), Box::new(stream));
+        tokio::spawn(async move { doors.serve_stream(stream, peer).await });
     }
 }
 
