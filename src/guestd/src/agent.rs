@@ -18,6 +18,7 @@ use guestd_protocol::wire::filesystem::FilesystemExt;
 use guestd_protocol::wire::logs::v1::LogsExt;
 use guestd_protocol::wire::process::ProcessExt;
 use guestd_protocol::{CODE_PORT, ENVD_PORT, SERIAL_PORT_NAME, VSOCK_PORT};
+use tokio::net::{TcpListener, UnixListener};
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
 use crate::access::{self, Access, Rules};
@@ -36,6 +37,7 @@ use crate::process::{ProcessService, Processes};
 use crate::services::Services;
 use crate::settings::Settings;
 use crate::system::{self, System};
+use crate::upgrade::{self, Door, Parts, Resumed, Upgrader};
 
 /// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
 const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
@@ -47,7 +49,7 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 const PREFLIGHT_LIFE: Duration = Duration::from_secs(7200);
 
 /// How an agent is started.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     /// TCP addresses to listen on; all must be free.
     pub tcp: Vec<SocketAddr>,
@@ -71,6 +73,7 @@ pub struct Config {
     /// Where commands get control groups of their own.
     pub cgroups: cgroup::Choice,
     /// Ends the machine.
+    #[serde(skip, default = "exit")]
     pub power_off: fn(),
     /// Where programs of the machine say that they are busy.
     pub activity_socket: Option<PathBuf>,
@@ -92,9 +95,13 @@ impl Default for Config {
             mmds: None,
             cgroups: cgroup::Choice::Off,
             activity_socket: None,
-            power_off: || std::process::exit(0),
+            power_off: exit(),
         }
     }
+}
+
+fn exit() -> fn() {
+    || std::process::exit(0)
 }
 
 /// What [`serve`] puts behind the doors.
@@ -105,19 +112,35 @@ struct Built {
     activity: Arc<Activity>,
     inhibition: Arc<Inhibition>,
     system: Arc<System>,
+    upgrader: Arc<Upgrader>,
+    parts: Parts,
+}
+
+/// The activity of a new agent, or that of the one before it.
+fn activity(resumed: Option<&mut Resumed>) -> Arc<Activity> {
+    let restored = resumed.and_then(Resumed::take_activity).map(Activity::restore);
+    match restored {
+        None => Activity::new(Policy::default()),
+        Some(Ok(activity)) => activity,
+        Some(Err(error)) => {
+            tracing::error!(%error, "the idle clock begins again");
+            Activity::new(Policy::default())
+        }
+    }
 }
 
 /// The capabilities and the router in front of them.
-fn build(config: &Config, logs: Arc<Logs>) -> Built {
+fn build(config: &Config, logs: Arc<Logs>, mut resumed: Option<&mut Resumed>) -> Built {
     let accounts = Arc::new(Accounts::new(Path::new("/")));
     let settings = Arc::new(Settings::new(config.own_machine));
     let rules = Rules { insecure_open: config.insecure_open, own_machine: config.own_machine };
     let access = Arc::new(Access::new(rules));
     let connections = Connections::default();
     let freezer = Freezer::new(config.cgroup_root.clone(), config.root.clone());
-    let activity = Activity::new(Policy::default());
+    let kept = resumed.as_deref().map(|resumed| resumed.handover.groups()).unwrap_or_default();
+    let activity = activity(resumed.as_deref_mut());
     let inhibition = Inhibition::new(Arc::clone(&activity));
-    let cgroups = Arc::new(Cgroups::prepare(&config.cgroups));
+    let cgroups = Arc::new(Cgroups::resume(&config.cgroups, &kept));
     let processes = Processes::new(Arc::clone(&activity), Arc::clone(&cgroups));
     let notices = PathBuf::from(notice::HOOKS);
     let notices = Arc::new(Notices::new(Arc::clone(&activity), Arc::clone(&processes), notices));
@@ -132,6 +155,20 @@ fn build(config: &Config, logs: Arc<Logs>) -> Built {
         config,
     );
 
+    let parts = Parts {
+        access: Arc::clone(&access),
+        settings: Arc::clone(&settings),
+        activity: Arc::clone(&activity),
+        inhibition: Arc::clone(&inhibition),
+        processes: Arc::clone(&processes),
+        files: Arc::clone(&files),
+        freezer: Arc::clone(&freezer),
+        cgroups,
+        system: Arc::clone(&system),
+        connections: connections.clone(),
+    };
+    let upgrader = Upgrader::new(parts.clone(), config.clone());
+
     let rpc = connectrpc::Router::new();
     let rpc = Arc::new(ProcessService::new(processes, Arc::clone(&accounts), settings)).register(rpc);
     let rpc = Arc::clone(&files).register(rpc);
@@ -145,16 +182,18 @@ fn build(config: &Config, logs: Arc<Logs>) -> Built {
     let router = system::routes(Arc::clone(&system))
         .merge(freeze::http::routes(Arc::clone(&freezer)))
         .merge(filesystem::routes(files))
+        .merge(upgrade::http::routes(Arc::clone(&upgrader)))
         .fallback_service(Services::new(ConnectRpcService::new(rpc).with_limits(limits)))
         .layer(middleware::map_response(unbuffered))
         .layer(middleware::from_fn_with_state(freezer, freeze::http::hold_back))
         .layer(middleware::from_fn_with_state(Arc::clone(&activity), activity::middleware::hold))
         .layer(middleware::from_fn_with_state(accounts, access::middleware::identify))
         .layer(middleware::from_fn_with_state(Arc::clone(&access), access::middleware::authorize))
+        .layer(middleware::from_fn_with_state(Arc::clone(&upgrader), upgrade::http::guard))
         .layer(cors())
         .layer(middleware::from_fn(answer_preflight))
         .layer(middleware::from_fn(logs::middleware::tell_failures));
-    Built { router, access, connections, activity, inhibition, system }
+    Built { router, access, connections, activity, inhibition, system, upgrader, parts }
 }
 
 /// Asks proxies to pass each message of a stream on at once (contract: envd.md section 12).
@@ -194,38 +233,85 @@ fn cors() -> CorsLayer {
         .max_age(PREFLIGHT_LIFE)
 }
 
-/// Opens the doors and serves until `stop` is done.
+/// Opens the doors and serves until `stop` is done. An agent that took another's place has its open doors from it.
 ///
 /// # Errors
 /// When a TCP address or the Unix socket cannot be listened on. A machine without vsock or serial link is served by what it has.
-pub async fn serve(config: Config, logs: Arc<Logs>, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let Built { router, access, connections, activity, inhibition, system } = build(&config, logs);
-    let doors = Doors::new(router, access, connections);
+pub async fn serve(
+    config: Config,
+    logs: Arc<Logs>,
+    mut resumed: Option<Resumed>,
+    stop: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let Built { router, access, connections, activity, inhibition, system, upgrader, parts } =
+        build(&config, logs, resumed.as_mut());
+    let mut inherited = |door| resumed.as_mut().and_then(|resumed| resumed.door(&door));
+    let doors = Doors::new(router, access, connections, upgrader.shut());
+    let mut tcp = Vec::new();
     for address in &config.tcp {
-        let listener = doors::bind_tcp(*address)?;
+        let listener = match inherited(Door::Tcp) {
+            Some(socket) => TcpListener::from_std(socket.into())?,
+            None => doors::bind_tcp(*address)?,
+        };
         tracing::info!(address = %listener.local_addr()?, "listening");
+        upgrader.keep_open(Door::Tcp, &listener);
+        tcp.push(listener);
+    }
+    let mut unix = None;
+    if let Some(path) = &config.unix {
+        let listener = match inherited(Door::Unix) {
+            Some(socket) => UnixListener::from_std(socket.into())?,
+            None => doors::bind_unix(path)?,
+        };
+        tracing::info!(path = %path.display(), "listening");
+        upgrader.keep_open(Door::Unix, &listener);
+        unix = Some(listener);
+    }
+    let mut programs = None;
+    if let Some(path) = &config.activity_socket {
+        let listener = match inherited(Door::Activity) {
+            Some(socket) => UnixListener::from_std(socket.into())?,
+            None => inhibit::listen(path)?,
+        };
+        upgrader.keep_open(Door::Activity, &listener);
+        programs = Some(listener);
+    }
+    let vsock = match config.machine_links.then(|| inherited(Door::Vsock)) {
+        None => None,
+        Some(Some(socket)) => Some(doors::resume_vsock(socket)),
+        Some(None) => match doors::bind_vsock(VSOCK_PORT) {
+            Ok(listener) => {
+                tokio::spawn(doors::say_hello());
+                Some(listener)
+            }
+            Err(error) => {
+                tracing::info!(%error, "no vsock");
+                None
+            }
+        },
+    };
+    let is_resumed = resumed.is_some();
+    if let Some(resumed) = resumed {
+        // Before anybody is served.
+        parts.restore(resumed).await;
+    }
+    for listener in tcp {
         tokio::spawn(doors.clone().tcp(listener));
     }
-    if let Some(path) = &config.unix {
-        let listener = doors::bind_unix(path)?;
-        tracing::info!(path = %path.display(), "listening");
+    if let Some(listener) = unix {
         tokio::spawn(doors.clone().unix(listener));
     }
-    if let Some(path) = &config.activity_socket {
-        let listener = inhibit::listen(path)?;
+    if let Some(listener) = programs {
         tokio::spawn(inhibit::serve(inhibition, listener));
     }
-    if config.machine_links {
-        match doors::bind_vsock(VSOCK_PORT) {
-            Ok(listener) => {
-                tokio::spawn(doors.clone().vsock(listener));
-                tokio::spawn(doors::say_hello());
-            }
-            Err(error) => tracing::info!(%error, "no vsock"),
-        }
-        if let Some(device) = doors::find_serial(SERIAL_PORT_NAME) {
-            tokio::spawn(doors.serial(device));
-        }
+    if let Some(listener) = vsock {
+        upgrader.keep_open(Door::Vsock, &listener);
+        tokio::spawn(doors.clone().vsock(listener));
+    }
+    if config.machine_links
+        && let Some(device) = doors::find_serial(SERIAL_PORT_NAME)
+    {
+        tokio::spawn(doors.serial(device, is_resumed));
     }
     system.start();
     forward_ports(&config, &activity);

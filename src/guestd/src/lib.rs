@@ -22,4 +22,5 @@ pub mod services;
 pub mod settings;
 pub mod system;
 pub mod trust;
+pub mod upgrade;
 pub mod volumes;

@@ -13,6 +13,7 @@ use guestd::init::{self, Place};
 use guestd::logs::{self, Logs};
 use guestd::mmds;
 use guestd::ports;
+use guestd::upgrade::{self, Asked, Resumed};
 use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::Layer;
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
             let given = |name| environment.command_line.value(name) == Some("1");
             let open_container =
                 !machine && std::env::var_os(CONTAINER_OPEN).is_some_and(|value| value == "1");
-            run(Config {
+            let config = Config {
                 tcp: vec![SocketAddr::new(any, ENVD_PORT)],
                 unix,
                 machine_links: machine,
@@ -86,14 +87,30 @@ fn main() -> ExitCode {
                 power_off,
                 activity_socket: Some(PathBuf::from(guestd::inhibit::SOCKET_PATH)),
                 ..Config::default()
-            })
+            };
+            run(config, None)
         });
+    }
+    match upgrade::asked(std::env::args_os().skip(1)) {
+        Some(Ok(Asked::Schema)) => {
+            upgrade::finish();
+            return ExitCode::SUCCESS;
+        }
+        Some(Ok(Asked::GoOn(resumed))) => {
+            let config = Config { power_off: power_off_or_exit(), ..resumed.handover.config.clone() };
+            return ExitCode::from(u8::try_from(run(config, Some(*resumed))).unwrap_or(1));
+        }
+        Some(Err(error)) => {
+            eprintln!("guestd: {error}");
+            return ExitCode::from(2);
+        }
+        None => {}
     }
     if let Some(code) = guestd::inhibit::command::run(std::env::args_os().skip(1)) {
         return code;
     }
     match parse(lexopt::Parser::from_env()) {
-        Ok(Some(config)) => ExitCode::from(u8::try_from(run(config)).unwrap_or(1)),
+        Ok(Some(config)) => ExitCode::from(u8::try_from(run(config, None)).unwrap_or(1)),
         Ok(None) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("guestd: {error}\n\n{USAGE}");
@@ -148,7 +165,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
 }
 
 /// Runs the agent to its end; the result is its exit code.
-fn run(config: Config) -> i32 {
+fn run(config: Config, resumed: Option<Resumed>) -> i32 {
     let logs = Logs::new();
     let console = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
@@ -165,7 +182,7 @@ fn run(config: Config) -> i32 {
                 return 1;
             }
         };
-    match runtime.block_on(agent::serve(config, logs, terminated())) {
+    match runtime.block_on(agent::serve(config, logs, resumed, terminated())) {
         Ok(()) => init::EXIT_POWER_OFF,
         Err(error) => {
             tracing::error!(%error, "guestd cannot serve");
@@ -184,6 +201,10 @@ async fn terminated() {
         }
         _ => std::future::pending().await,
     }
+}
+
+fn power_off_or_exit() -> fn() {
+    if init::is_supervised() { power_off } else { Config::default().power_off }
 }
 
 fn power_off() {

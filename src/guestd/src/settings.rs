@@ -14,7 +14,7 @@ const BUILT_IN_USER: &str = "root";
 const OWN_VARIABLES: [&str; 4] = ["E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID", "E2B_EVENTS_ADDRESS"];
 
 /// One consistent set of values; a reader that needs two of them takes them from one snapshot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Values {
     pub default_user: String,
     pub default_workdir: Option<String>,

@@ -44,6 +44,21 @@ impl Default for Admission {
 }
 
 impl Admission {
+    /// An open fence that has seen the epochs up to `epoch`.
+    pub fn after(epoch: u64) -> Self {
+        Self { state: State::Open, last_epoch: epoch }
+    }
+
+    /// The newest epoch that was seen; 0 before the first.
+    pub fn last_epoch(&self) -> u64 {
+        self.last_epoch
+    }
+
+    /// Whether a release was committed.
+    pub fn is_gone(&self) -> bool {
+        self.state == State::Gone
+    }
+
     pub fn enter(&mut self, now: Moment) -> Entry {
         self.expire(now);
         match self.state {

@@ -30,6 +30,21 @@ impl Gate {
         Self { ledger: Ledger::new(policy, now), fence: Admission::default() }
     }
 
+    /// The gate of an agent that takes another's place: an open fence that has seen the epochs up to `epoch`.
+    pub fn after(ledger: Ledger, epoch: u64) -> Self {
+        Self { ledger, fence: Admission::after(epoch) }
+    }
+
+    /// The newest epoch that was seen; 0 before the first.
+    pub fn last_epoch(&self) -> u64 {
+        self.fence.last_epoch()
+    }
+
+    /// Whether a release was committed.
+    pub fn is_gone(&self) -> bool {
+        self.fence.is_gone()
+    }
+
     /// Passes the fence and takes a hold: a prepare between the two would call this sandbox ready.
     pub fn admit(&mut self, class: HoldClass, origin: impl Into<String>, now: Moment) -> Passage {
         match self.fence.enter(now) {

@@ -6,12 +6,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Moment;
 
 /// The most inhibitors that may live at once.
 pub const INHIBITOR_LIMIT: usize = 64;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct InhibitorId(u64);
 
 impl InhibitorId {
@@ -36,7 +38,7 @@ pub enum InhibitorError {
 }
 
 /// The live inhibitors of one sandbox and what is left of their budget.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Inhibitors {
     budget: Duration,
     /// Before `since`.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::Moment;
-use crate::policy::{Counting, Policy};
+use crate::policy::{Counting, Policy, PolicyError};
 
 /// How many transitions the explain view remembers.
 const REMEMBERED_TRANSITIONS: usize = 32;
@@ -84,7 +84,7 @@ impl fmt::Display for HoldClass {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct HoldId(u64);
 
 impl HoldId {
@@ -94,7 +94,7 @@ impl HoldId {
 }
 
 /// One live hold.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hold {
     pub class: HoldClass,
     /// What holds: a call's path, a command line, a file.
@@ -110,17 +110,30 @@ pub struct Hold {
 }
 
 /// A change that the explain view shows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Transition {
     pub at: Moment,
     pub what: String,
 }
 
 /// The last use that ended, for the explain view and the tombstone.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LastUse {
     pub class: HoldClass,
     pub origin: String,
+}
+
+/// A ledger as data: what another agent needs to go on with it, on the same clock.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LedgerState {
+    /// As [`Policy::words`] has it.
+    policy: BTreeMap<String, String>,
+    holds: Vec<(HoldId, Hold)>,
+    next_id: u64,
+    last_activity: Moment,
+    last_use: Option<LastUse>,
+    sequence: u64,
+    transitions: Vec<Transition>,
 }
 
 /// The set of live holds and the moment of the last use.
@@ -150,6 +163,43 @@ impl Ledger {
             sequence: 1,
             transitions: VecDeque::new(),
         }
+    }
+
+    pub fn export(&self) -> LedgerState {
+        LedgerState {
+            policy: self.policy.words(),
+            holds: self.holds.iter().map(|(id, hold)| (*id, hold.clone())).collect(),
+            next_id: self.next_id,
+            last_activity: self.last_activity,
+            last_use: self.last_use.clone(),
+            sequence: self.sequence,
+            transitions: self.transitions.iter().cloned().collect(),
+        }
+    }
+
+    /// Goes on with an exported ledger, live holds and all: nothing of this is use. Whoever holds no longer has to be ended.
+    ///
+    /// # Errors
+    /// When the policy is one that these rules do not know.
+    pub fn restore(state: LedgerState) -> Result<Self, PolicyError> {
+        let mut ledger = Self {
+            policy: Policy::from_words(&state.policy)?,
+            holds: state.holds.into_iter().collect(),
+            next_id: state.next_id,
+            counting: 0,
+            last_activity: state.last_activity,
+            last_use: state.last_use,
+            // The set of holds is about to change, and whoever compares has to see that.
+            sequence: state.sequence + 1,
+            transitions: state.transitions.into_iter().collect(),
+        };
+        ledger.counting = ledger.holds.values().filter(|hold| ledger.counts(hold)).count();
+        Ok(ledger)
+    }
+
+    /// The live holds.
+    pub fn ids(&self) -> impl Iterator<Item = HoldId> {
+        self.holds.keys().copied()
     }
 
     /// Starts a hold. Its start is use, unless its class never counts.

@@ -55,7 +55,7 @@ pub mod terms;
 pub use admission::Admission;
 pub use gate::{Gate, Passage};
 pub use inhibitor::Inhibitors;
-pub use ledger::{Hold, HoldClass, HoldId, Ledger};
+pub use ledger::{Hold, HoldClass, HoldId, Ledger, LedgerState};
 pub use lifetime::{EndReason, GuestReport, Lifetime, Step};
 pub use moment::Moment;
 pub use policy::{Counting, IdleSettings, Policy, PolicyError};

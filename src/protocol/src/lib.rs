@@ -41,4 +41,4 @@ pub const CONTROL_HEADER: &str = "x-guestd-control";
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
 
 /// The envd version that SDKs gate their features on (contract: envd.md section 8.1): the newest whose SDK-visible features are all here.
-pub const ENVD_VERSION: &str = "0.6.4";
+pub const ENVD_VERSION: &str = "0.6.13";

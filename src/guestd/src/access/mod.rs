@@ -11,16 +11,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use subtle::ConstantTimeEq;
+use tokio::sync::watch;
 
 pub use peer::{Peer, Standing};
 
 /// The longest credential accepted, in bytes.
 const CREDENTIAL_LIMIT: usize = 4096;
 
-#[derive(Debug, Default, Clone)]
-struct Credentials {
+/// Who is who. Secrets: for memory only.
+#[derive(Default, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Credentials {
     access_token: Option<String>,
     control: Option<String>,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
 }
 
 /// What does not change while the agent runs.
@@ -37,7 +45,7 @@ pub struct Rules {
 pub struct Access {
     credentials: RwLock<Credentials>,
     rules: Rules,
-    sealed: AtomicBool,
+    sealed: watch::Sender<bool>,
     warned: AtomicBool,
 }
 
@@ -107,11 +115,29 @@ impl Access {
 
     /// Refuses everything but `/health` and `/init`, until an `/init` is accepted: after the agent was replaced under way.
     pub fn seal(&self) {
-        self.sealed.store(true, Ordering::Relaxed);
+        self.sealed.send_replace(true);
+    }
+
+    /// Waits until it is not sealed (any more).
+    pub async fn unsealed(&self) {
+        // Its other end is this value's own.
+        let mut sealed = self.sealed.subscribe();
+        drop(sealed.wait_for(|sealed| !*sealed).await);
+    }
+
+    /// The credentials, for the agent that takes this one's place.
+    pub fn export(&self) -> Credentials {
+        self.read().clone()
+    }
+
+    /// Goes on with the credentials of the agent before this one, sealed.
+    pub fn restore(&self, credentials: Credentials) {
+        self.seal();
+        *self.credentials.write().unwrap_or_else(PoisonError::into_inner) = credentials;
     }
 
     pub fn is_sealed(&self) -> bool {
-        self.sealed.load(Ordering::Relaxed)
+        *self.sealed.borrow()
     }
 
     /// Whether `given` is the access token; with none set, whether the caller is near enough. `None` is a caller of whom nothing is known.
@@ -180,7 +206,7 @@ impl Access {
                 .map(str::to_owned);
         }
         credentials.access_token = claim.access_token.map(str::to_owned);
-        self.sealed.store(false, Ordering::Relaxed);
+        self.sealed.send_replace(false);
         Ok(())
     }
 

@@ -12,10 +12,12 @@ mod sampling;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use guestd_idle::{Gate, HoldClass, HoldId, Ledger, Moment, Passage, Policy};
+use guestd_idle::{Gate, HoldClass, HoldId, Ledger, LedgerState, Moment, Passage, Policy, PolicyError};
 use guestd_protocol::wire::activity::v1 as wire;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+
+use crate::upgrade::Stamp;
 
 /// How many holds a report names (contract: activity.proto).
 const REPORTED_HOLDS: usize = 64;
@@ -32,6 +34,14 @@ struct Inner {
     gate: Gate,
     /// A task looks for progress that nobody reports.
     sampling: bool,
+}
+
+/// Everything about being used, as data.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub struct ActivityState {
+    origin: Stamp,
+    ledger: LedgerState,
+    epoch: u64,
 }
 
 #[derive(Debug)]
@@ -52,6 +62,50 @@ impl Activity {
             fence: Notify::new(),
             changes,
         })
+    }
+
+    /// What another agent needs to go on; None when the sandbox was released.
+    pub fn export(&self) -> Option<ActivityState> {
+        let inner = self.lock();
+        (!inner.gate.is_gone()).then(|| ActivityState {
+            origin: Stamp::of(self.origin),
+            ledger: inner.gate.ledger.export(),
+            epoch: inner.gate.last_epoch(),
+        })
+    }
+
+    /// Goes on where another agent was. Its holds live until [`Activity::settle`], for their owners to claim them.
+    ///
+    /// # Errors
+    /// When the idle policy is one that this agent does not know.
+    pub fn restore(state: ActivityState) -> Result<Arc<Self>, PolicyError> {
+        let gate = Gate::after(Ledger::restore(state.ledger)?, state.epoch);
+        let changes = watch::Sender::new(gate.ledger.sequence());
+        Ok(Arc::new(Self {
+            origin: state.origin.instant(),
+            inner: Mutex::new(Inner { gate, sampling: false }),
+            fence: Notify::new(),
+            changes,
+        }))
+    }
+
+    /// Takes over a hold of the agent before this one; None when there is none of that id. Nobody may claim it twice.
+    pub fn claim(self: &Arc<Self>, id: HoldId) -> Option<HoldGuard> {
+        let known = self.lock().gate.ledger.ids().any(|known| known == id);
+        known.then(|| HoldGuard { activity: Arc::clone(self), id })
+    }
+
+    /// Ends all holds but the claimed ones: their calls ended with the agent before this one.
+    pub fn settle(self: &Arc<Self>, claimed: &[HoldId]) {
+        let now = self.now();
+        self.change(|inner| {
+            let left: Vec<_> = inner.gate.ledger.ids().filter(|id| !claimed.contains(id)).collect();
+            for id in left {
+                inner.gate.ledger.end(id, now);
+            }
+            inner.gate.ledger.note(now, "the agent was replaced");
+        });
+        sampling::start(self);
     }
 
     /// The agent's monotonic clock, which all of its idle rules use.
@@ -223,6 +277,10 @@ pub struct HoldGuard {
 }
 
 impl HoldGuard {
+    pub fn id(&self) -> HoldId {
+        self.id
+    }
+
     /// Bytes or events passed. Wakes nobody: the host asks before it releases.
     pub fn progress(&self, bytes: u64) {
         let now = self.activity.now();

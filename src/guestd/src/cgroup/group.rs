@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 const DEPTH: usize = 16;
 
 /// What a group used since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct GroupUsage {
     pub user: Duration,
     pub system: Duration,

@@ -22,7 +22,7 @@ pub struct LimitError {
 }
 
 /// Limits of one command with all that it starts; None is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
     /// In bytes.
     pub memory: Option<u64>,

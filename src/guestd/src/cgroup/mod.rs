@@ -79,8 +79,13 @@ struct Tree {
 impl Cgroups {
     /// Prepares the hierarchy. One that cannot be used is none: said once, in the log.
     pub fn prepare(choice: &Choice) -> Self {
+        Self::resume(choice, &[])
+    }
+
+    /// As [`Cgroups::prepare`], where some groups have commands in them that are this agent's, `kept`.
+    pub fn resume(choice: &Choice, kept: &[PathBuf]) -> Self {
         let tree =
-            place::find(choice).and_then(|root| Tree::new(&root).map_err(|error| format!("{error:#}")));
+            place::find(choice).and_then(|root| Tree::new(&root, kept).map_err(|error| format!("{error:#}")));
         match &tree {
             Ok(tree) => {
                 tracing::info!(root = %tree.root.display(), controllers = ?tree.controllers, "control groups");
@@ -137,6 +142,11 @@ impl Cgroups {
         Ok(Some(group))
     }
 
+    /// How an agent that takes this one's place finds the same hierarchy: this one may have moved itself meanwhile.
+    pub fn choice(&self) -> Choice {
+        self.tree.as_ref().map_or(Choice::Off, |tree| Choice::At(tree.root.clone()))
+    }
+
     fn has(&self, controller: &str) -> bool {
         self.tree.as_ref().is_ok_and(|tree| tree.controllers.contains(&controller))
     }
@@ -150,7 +160,7 @@ impl Cgroups {
 }
 
 impl Tree {
-    fn new(root: &Path) -> io::Result<Self> {
+    fn new(root: &Path, kept: &[PathBuf]) -> io::Result<Self> {
         let mut tree = Self { root: root.to_owned(), controllers: Vec::new(), next: AtomicU64::new(1) };
         for kind in Kind::ALL {
             place::make_directory(&tree.directory(kind))?;
@@ -173,7 +183,7 @@ impl Tree {
                 }
             }
             controllers = enable(&directory, &controllers)?;
-            tree.sweep(&directory);
+            tree.sweep(&directory, kept);
         }
         tree.controllers = controllers;
         Ok(tree)
@@ -210,8 +220,8 @@ impl Tree {
         }
     }
 
-    /// Removes what an agent before this one left empty, and keeps clear of the numbers of what still lives.
-    fn sweep(&self, directory: &Path) {
+    /// Removes what an agent before this one left empty, now or when it is, and keeps clear of the numbers of what still lives.
+    fn sweep(&self, directory: &Path, kept: &[PathBuf]) {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let Some(number) = name.to_str().and_then(|name| name.strip_prefix("c-")?.parse::<u64>().ok())
@@ -219,7 +229,12 @@ impl Tree {
                 continue;
             };
             self.next.fetch_max(number.saturating_add(1), Ordering::Relaxed);
-            let _alive = fs::remove_dir(entry.path());
+            if kept.contains(&entry.path()) || fs::remove_dir(entry.path()).is_ok() {
+                continue;
+            }
+            if tokio::runtime::Handle::try_current().is_ok() {
+                Group::at(entry.path()).remove_when_empty();
+            }
         }
     }
 }
@@ -276,7 +291,7 @@ mod tests {
     }
 
     fn cgroups(root: &tempfile::TempDir) -> Cgroups {
-        Cgroups { tree: Tree::new(root.path()).map_err(|error| error.to_string()), warned: Once::new() }
+        Cgroups { tree: Tree::new(root.path(), &[]).map_err(|error| error.to_string()), warned: Once::new() }
     }
 
     #[test]

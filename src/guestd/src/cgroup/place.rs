@@ -19,7 +19,7 @@ const AGENT_GROUP: &str = "agent";
 const DELEGATION_MARKS: [&std::ffi::CStr; 2] = [c"user.delegate", c"trusted.delegate"];
 
 /// Which hierarchy an agent uses.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Choice {
     /// None.
     Off,

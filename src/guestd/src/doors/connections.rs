@@ -6,10 +6,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
+/// The two ways to end a connection.
+#[derive(Clone, Debug, Default)]
+struct Ends {
+    /// At once.
+    cut: CancellationToken,
+    /// When its calls are answered.
+    close: CancellationToken,
+}
+
 #[derive(Debug, Default)]
 struct Table {
     next: u64,
-    live: HashMap<u64, CancellationToken>,
+    live: HashMap<u64, Ends>,
 }
 
 /// The table of open connections, shared by all doors.
@@ -24,7 +33,12 @@ pub struct Connection(Arc<Entry>);
 impl Connection {
     /// Waits until the connection is to be given up.
     pub async fn cut(&self) {
-        self.0.cut.cancelled().await;
+        self.0.ends.cut.cancelled().await;
+    }
+
+    /// Waits until the connection is to take no further call.
+    pub async fn closed(&self) {
+        self.0.ends.close.cancelled().await;
     }
 }
 
@@ -32,7 +46,7 @@ impl Connection {
 struct Entry {
     connections: Connections,
     id: u64,
-    cut: CancellationToken,
+    ends: Ends,
 }
 
 impl Connections {
@@ -40,21 +54,34 @@ impl Connections {
         let mut table = self.lock();
         let id = table.next;
         table.next += 1;
-        let cut = CancellationToken::new();
-        table.live.insert(id, cut.clone());
+        let ends = Ends::default();
+        table.live.insert(id, ends.clone());
         drop(table);
-        Connection(Arc::new(Entry { connections: self.clone(), id, cut }))
+        Connection(Arc::new(Entry { connections: self.clone(), id, ends }))
     }
 
     /// Cuts every connection but `kept`, and what was tunnelled through them; the result says how many.
     pub fn cut_all_but(&self, kept: Option<&Connection>) -> usize {
+        let others = self.others(kept);
+        others.iter().for_each(|ends| ends.cut.cancel());
+        others.len()
+    }
+
+    /// Closes every connection but `kept`, each when its calls are answered.
+    pub fn close_all_but(&self, kept: Option<&Connection>) {
+        self.others(kept).iter().for_each(|ends| ends.close.cancel());
+    }
+
+    /// How many connections there are besides `kept`.
+    pub fn count_but(&self, kept: Option<&Connection>) -> usize {
+        self.others(kept).len()
+    }
+
+    fn others(&self, kept: Option<&Connection>) -> Vec<Ends> {
         let kept = kept.map(|connection| connection.0.id);
         let table = self.lock();
         let others = table.live.iter().filter(|(id, _)| Some(**id) != kept);
-        let others: Vec<_> = others.map(|(_, cut)| cut.clone()).collect();
-        drop(table);
-        others.iter().for_each(CancellationToken::cancel);
-        others.len()
+        others.map(|(_, ends)| ends.clone()).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -79,7 +106,7 @@ mod tests {
         drop(connections.enter());
         assert_eq!(connections.cut_all_but(Some(&asks)), 1, "one has ended by itself");
         other.cut().await;
-        assert!(!asks.0.cut.is_cancelled());
+        assert!(!asks.0.ends.cut.is_cancelled());
         drop((asks, other));
         assert!(connections.lock().live.is_empty());
     }

@@ -7,10 +7,13 @@ mod connections;
 mod serial;
 mod tunnel;
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -24,6 +27,7 @@ use hyper_util::server::conn::auto::Builder;
 use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
 use tower::ServiceExt;
 
 use crate::access::{Access, Peer};
@@ -68,11 +72,35 @@ pub struct Doors {
     router: Router,
     access: Arc<Access>,
     connections: Connections,
+    /// True while nobody is let in: callers wait in front of the doors.
+    shut: watch::Receiver<bool>,
 }
 
 impl Doors {
-    pub fn new(router: Router, access: Arc<Access>, connections: Connections) -> Self {
-        Self { router, access, connections }
+    pub fn new(
+        router: Router,
+        access: Arc<Access>,
+        connections: Connections,
+        shut: watch::Receiver<bool>,
+    ) -> Self {
+        Self { router, access, connections, shut }
+    }
+
+    /// What `accept` gives, when the doors are open; what came while they were being shut waits for the next opening.
+    async fn let_in<T>(
+        &self,
+        mut accept: impl FnMut(&mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> io::Result<T> {
+        let mut shut = self.shut.clone();
+        loop {
+            // Whoever could shut the doors lives as long as the agent.
+            drop(shut.wait_for(|shut| !*shut).await);
+            tokio::select! {
+                biased;
+                Ok(_) = shut.wait_for(|shut| *shut) => {}
+                accepted = poll_fn(&mut accept) => return accepted,
+            }
+        }
     }
 
     /// Serves one byte stream to its end, or until it is cut. Requests carry the [`Peer`] and the [`Connection`] in their extensions.
@@ -109,20 +137,30 @@ impl Doors {
             .max_concurrent_streams(STREAMS)
             .max_send_buf_size(STREAM_WINDOW as usize);
         let served = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-        tokio::select! {
-            served = served => {
+        tokio::pin!(served);
+        let mut closing = false;
+        loop {
+            tokio::select! {
+            served = served.as_mut() => {
                 if let Err(error) = served {
                     tracing::debug!(%error, "a connection broke off");
                 }
             }
             () = connection.cut() => tracing::debug!(?peer, "a connection was cut"),
+            () = connection.closed(), if !closing => {
+                closing = true;
+                served.as_mut().graceful_shutdown();
+                continue;
+            }
+            }
+            return;
         }
     }
 
     /// Accepts TCP connections for ever.
     pub async fn tcp(self, listener: TcpListener) {
         loop {
-            match listener.accept().await {
+            match self.let_in(|cx| listener.poll_accept(cx)).await {
                 Ok((stream, peer)) => {
                     // Without it each small frame of a stream waits for the client's delayed acknowledgement (40 ms).
                     if let Err(error) = stream.set_nodelay(true) {
@@ -141,7 +179,7 @@ impl Doors {
     /// Accepts connections on a Unix socket for ever.
     pub async fn unix(self, listener: UnixListener) {
         loop {
-            match listener.accept().await {
+            match self.let_in(|cx| listener.poll_accept(cx)).await {
                 Ok((stream, _)) => self.spawn(stream, Peer::Unix),
                 Err(error) => accept_failed("unix", &error).await,
             }
@@ -151,7 +189,7 @@ impl Doors {
     /// Accepts vsock connections for ever.
     pub async fn vsock(self, listener: tokio_vsock::VsockListener) {
         loop {
-            match listener.accept().await {
+            match self.let_in(|cx| listener.poll_accept(cx)).await {
                 Ok((stream, address)) => self.spawn(stream, Peer::Vsock { cid: address.cid() }),
                 Err(error) => accept_failed("vsock", &error).await,
             }
@@ -159,8 +197,9 @@ impl Doors {
     }
 
     /// Serves the virtio-serial port at `device` for ever, one conversation after the other.
-    pub async fn serial(self, device: PathBuf) {
-        serial::serve(self, device).await;
+    /// `resumed`: another program had it open before, under the same pid.
+    pub async fn serial(self, device: PathBuf, resumed: bool) {
+        serial::serve(self, device, resumed).await;
     }
 
     fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
@@ -220,6 +259,11 @@ pub fn bind_vsock(port: u32) -> io::Result<tokio_vsock::VsockListener> {
     Ok(listener)
 }
 
+/// Goes on with a vsock door that is open already.
+pub fn resume_vsock(socket: OwnedFd) -> tokio_vsock::VsockListener {
+    tokio_vsock::VsockListener::from(socket)
+}
+
 /// Tells the host that this agent listens. A host that does not care refuses, which is fine.
 pub async fn say_hello() {
     let host = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_HOST, HELLO_PORT);
@@ -276,7 +320,7 @@ mod tests {
         };
         let router = Router::new().route("/", axum::routing::get(endless));
         let (mut client, server) = tokio::io::duplex(1024);
-        let doors = Doors::new(router, Arc::default(), Connections::default());
+        let doors = Doors::new(router, Arc::default(), Connections::default(), tokio::sync::watch::channel(false).1);
         let serving = tokio::spawn(async move { doors.serve(server, Peer::Unix).await });
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         for _ in 0..10_000 {

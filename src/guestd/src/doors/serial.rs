@@ -24,9 +24,13 @@ use crate::access::Peer;
 /// A pause after an error that should not happen, so that the loop does not spin.
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
 
-pub(super) async fn serve(doors: Doors, device: PathBuf) {
+/// What ends an HTTP/2 conversation at the host's end, wherever it was: a frame that is too long, beyond the rest of any frame.
+const BREAK_OFF: [u8; 20 * 1024] = [0xff; 20 * 1024];
+
+pub(super) async fn serve(doors: Doors, device: PathBuf, resumed: bool) {
+    let mut resumed = resumed;
     loop {
-        if let Err(error) = converse(&doors, &device).await {
+        if let Err(error) = converse(&doors, &device, std::mem::take(&mut resumed)).await {
             tracing::warn!(%error, device = %device.display(), "the serial link failed");
             tokio::time::sleep(ERROR_PAUSE).await;
         }
@@ -34,12 +38,16 @@ pub(super) async fn serve(doors: Doors, device: PathBuf) {
 }
 
 /// Waits for the host, answers its handshake, serves HTTP until the conversation ends.
-async fn converse(doors: &Doors, device: &Path) -> io::Result<()> {
+async fn converse(doors: &Doors, device: &Path, resumed: bool) -> io::Result<()> {
     let path = device.to_owned();
     let file = tokio::task::spawn_blocking(move || wait_for_host(&path)).await??;
     // SAFETY: the file is open and stays the AsyncFd's own, unchanged, to its end.
     let registered = unsafe { AsyncFd::register(file)? };
     let mut stream = SerialStream(Arc::new(registered));
+    if resumed {
+        // The host does not see that the port was closed, and would wait for the agent before this one.
+        stream.write_all(&BREAK_OFF).await?;
+    }
     let Some(nonce) = read_request(&mut stream).await? else { return Ok(()) };
     stream.write_all(link::serial_answer(&nonce).as_bytes()).await?;
     // The port can be open once only: the connection gives it back by being dropped, before the next conversation opens it.

@@ -38,7 +38,7 @@ use credentials::ActingAs;
 use place::{Owner, Place};
 
 pub use error::FilesystemError;
-pub use files::{FilesError, routes};
+pub use files::{FilesError, expected_sha256, routes};
 pub use watch::{WatchError, WatcherState};
 
 /// The filesystem operations of one agent.
@@ -205,7 +205,9 @@ impl Filesystem {
     }
 
     /// Goes on with exported watchers. One whose directory or user is gone is dropped: its client hears that it is not found.
-    pub async fn restore_watchers(&self, states: Vec<WatcherState>) {
+    /// The result is how many were taken over, and how many not.
+    pub async fn restore_watchers(&self, states: Vec<WatcherState>) -> (usize, usize) {
+        let (mut taken, mut failed) = (0, 0);
         for state in states {
             let (accounts, name) = (Arc::clone(&self.accounts), state.user.clone());
             let user = tokio::task::spawn_blocking(move || accounts.user(&name)).await;
@@ -213,12 +215,17 @@ impl Filesystem {
             let error = match user {
                 Ok(Ok(user)) => self.watchers.restore(state, user).await.err().map(|error| error.to_string()),
                 Ok(Err(error)) => Some(error.to_string()),
-                Err(_stopped) => return,
+                Err(_stopped) => Some("the agent is going down".to_owned()),
             };
-            if let Some(error) = error {
-                tracing::warn!(id, error, "a watcher is not taken over");
+            match error {
+                None => taken += 1,
+                Some(error) => {
+                    failed += 1;
+                    tracing::warn!(id, error, "a watcher is not taken over");
+                }
             }
         }
+        (taken, failed)
     }
 
     /// Runs one operation on a blocking thread as the caller's user, who is looked up there as well.

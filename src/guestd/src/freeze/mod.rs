@@ -97,6 +97,15 @@ pub struct Audit {
     pub truncated: bool,
 }
 
+/// What is frozen, as data.
+#[derive(Clone, Debug, Default, Serialize, serde::Deserialize)]
+pub struct FreezerState {
+    ours: BTreeSet<PathBuf>,
+    mode: Mode,
+    disk: bool,
+    generation: u64,
+}
+
 /// Another freeze or thaw took too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("another freeze or thaw is still running")]
@@ -134,6 +143,31 @@ impl Freezer {
             generation: AtomicU64::new(0),
             spawning: RwLock::default(),
         })
+    }
+
+    /// What the agent that takes this one's place has to know; None while a freeze or a thaw runs.
+    pub fn export(&self) -> Option<FreezerState> {
+        let state = self.state.try_lock().ok()?;
+        Some(FreezerState {
+            ours: state.ours.clone(),
+            mode: state.mode,
+            disk: state.disk,
+            generation: self.generation(),
+        })
+    }
+
+    /// Goes on where the agent before this one was: what it froze stays so, for no longer than any freeze.
+    pub async fn restore(self: &Arc<Self>, restored: FreezerState) {
+        self.generation.store(restored.generation, Ordering::Relaxed);
+        let mut state = self.state.lock().await;
+        (state.ours, state.mode, state.disk) = (restored.ours, restored.mode, restored.disk);
+        state.inherited_thawed = true;
+        self.watch(&mut state);
+    }
+
+    /// Whether something of this agent's is frozen.
+    pub async fn is_frozen(&self) -> bool {
+        !self.state.lock().await.ours.is_empty()
     }
 
     /// Waits while a freeze runs; no freeze begins while the result lives. Hold it while a process is made.

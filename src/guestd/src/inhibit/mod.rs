@@ -7,17 +7,18 @@ pub mod command;
 mod socket;
 
 use std::collections::HashMap;
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use guestd_idle::inhibitor::{InhibitorError, InhibitorId};
-use guestd_idle::{HoldClass, Inhibitors, Policy};
+use guestd_idle::{HoldClass, HoldId, Inhibitors, Policy};
 use guestd_protocol::wire::activity::v1 as wire;
 use tokio::sync::Notify;
 
 use crate::activity::{Activity, Gone, HoldGuard};
 
-pub use socket::{SOCKET_PATH, listen, serve};
+pub use socket::{SOCKET_PATH, listen, resume, serve};
 
 /// The budget of an agent that no host has set one for: the default maximum lifetime.
 const DEFAULT_BUDGET: Duration = Duration::from_secs(3600);
@@ -39,18 +40,70 @@ struct Inner {
     waiting: bool,
 }
 
+/// All of it as data.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub struct InhibitionState {
+    rules: Inhibitors,
+    holds: Vec<(InhibitorId, HoldId)>,
+    /// Connections that end inhibitors with themselves.
+    conversations: Vec<(RawFd, Vec<InhibitorId>)>,
+}
+
+impl InhibitionState {
+    /// The descriptors that have to stay open.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.conversations.iter().map(|(fd, _)| *fd)
+    }
+}
+
 /// All inhibitors of this agent.
 #[derive(Debug)]
 pub struct Inhibition {
     activity: Arc<Activity>,
     inner: Mutex<Inner>,
     changed: Notify,
+    /// The open connections and what ends with each.
+    conversations: Mutex<HashMap<RawFd, Vec<InhibitorId>>>,
 }
 
 impl Inhibition {
     pub fn new(activity: Arc<Activity>) -> Arc<Self> {
         let inner = Inner { rules: Inhibitors::new(DEFAULT_BUDGET), holds: HashMap::new(), waiting: false };
-        Arc::new(Self { activity, inner: Mutex::new(inner), changed: Notify::new() })
+        Arc::new(Self {
+            activity,
+            inner: Mutex::new(inner),
+            changed: Notify::new(),
+            conversations: Mutex::default(),
+        })
+    }
+
+    /// What the agent that takes this one's place has to know.
+    pub fn export(&self) -> InhibitionState {
+        let inner = self.lock();
+        InhibitionState {
+            rules: inner.rules.clone(),
+            holds: inner.holds.iter().map(|(id, hold)| (*id, hold.id())).collect(),
+            conversations: self.conversations().iter().map(|(fd, ids)| (*fd, ids.clone())).collect(),
+        }
+    }
+
+    /// Goes on with the inhibitors of the agent before this one. The results are their holds and the connections that they end with.
+    pub fn restore(
+        self: &Arc<Self>,
+        state: InhibitionState,
+    ) -> (Vec<HoldId>, Vec<(RawFd, Vec<InhibitorId>)>) {
+        let mut inner = self.lock();
+        inner.rules = state.rules;
+        let holds: Vec<_> = state.holds.iter().map(|(_, hold)| *hold).collect();
+        let claimed = state.holds.into_iter().filter_map(|(id, hold)| Some((id, self.activity.claim(hold)?)));
+        inner.holds = claimed.collect();
+        inner.waiting = true;
+        tokio::spawn(Arc::clone(self).expire());
+        (holds, state.conversations)
+    }
+
+    fn conversations(&self) -> MutexGuard<'_, HashMap<RawFd, Vec<InhibitorId>>> {
+        self.conversations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes over what the host says; None leaves what is.

@@ -10,6 +10,7 @@
 //! Anything else is answered with `ERR <text>`. Any user of the machine may use it: whoever can run a command can look busy.
 
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -52,7 +53,7 @@ pub async fn serve(inhibition: Arc<Inhibition>, listener: UnixListener) {
             Ok((stream, _)) => {
                 let inhibition = Arc::clone(&inhibition);
                 tokio::spawn(async move {
-                    if let Err(error) = converse(&inhibition, stream).await {
+                    if let Err(error) = converse(&inhibition, stream, Vec::new()).await {
                         tracing::debug!(%error, "a conversation about idleness broke off");
                     }
                     drop(place);
@@ -66,25 +67,51 @@ pub async fn serve(inhibition: Arc<Inhibition>, listener: UnixListener) {
     }
 }
 
+/// Goes on with a connection of the agent before this one, and with what ends with it.
+///
+/// # Errors
+/// When the descriptor is no socket.
+pub fn resume(inhibition: &Arc<Inhibition>, connection: OwnedFd, ids: Vec<InhibitorId>) -> io::Result<()> {
+    let stream = UnixStream::from_std(connection.into())?;
+    let inhibition = Arc::clone(inhibition);
+    tokio::spawn(async move {
+        if let Err(error) = converse(&inhibition, stream, ids).await {
+            tracing::debug!(%error, "a conversation about idleness broke off");
+        }
+    });
+    Ok(())
+}
+
 /// Ends what the connection took when it is dropped.
 struct Taken<'a> {
     inhibition: &'a Inhibition,
+    connection: RawFd,
     ids: Vec<InhibitorId>,
+}
+
+impl Taken<'_> {
+    fn tell(&self) {
+        self.inhibition.conversations().insert(self.connection, self.ids.clone());
+    }
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
+        self.inhibition.conversations().remove(&self.connection);
         for id in &self.ids {
             self.inhibition.end(*id);
         }
     }
 }
 
-async fn converse(inhibition: &Arc<Inhibition>, stream: UnixStream) -> io::Result<()> {
+async fn converse(inhibition: &Arc<Inhibition>, stream: UnixStream, ids: Vec<InhibitorId>) -> io::Result<()> {
+    let connection = stream.as_raw_fd();
     let pid = stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
     let (reading, mut writing) = stream.into_split();
     let mut reading = BufReader::new(reading);
-    let mut taken = Taken { inhibition, ids: Vec::new() };
+    // Dropped before the stream is: its number is nobody else's meanwhile.
+    let mut taken = Taken { inhibition, connection, ids };
+    taken.tell();
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -124,6 +151,7 @@ async fn answer(
             let (id, granted) = taking.await.map_err(|error| error.to_string())?;
             if word == "BUSY" {
                 taken.ids.push(id);
+                taken.tell();
             }
             Ok(format!("{} {}", id.get(), granted.as_secs()))
         }
@@ -131,6 +159,7 @@ async fn answer(
             let id = rest.parse().map_err(|_| format!("DROP <id>: {rest:?} is no number"))?;
             let ended = inhibition.end(InhibitorId::new(id));
             taken.ids.retain(|taken| taken.get() != id);
+            taken.tell();
             if ended { Ok(String::new()) } else { Err(format!("there is no inhibitor {id} (any more)")) }
         }
         "IDLE" => serde_json::to_string(&inhibition.explain()).map_err(|error| error.to_string()),
@@ -147,7 +176,7 @@ mod tests {
         let activity = Activity::new(guestd_idle::Policy::default());
         let inhibition = Inhibition::new(Arc::clone(&activity));
         let (ours, theirs) = UnixStream::pair().unwrap();
-        tokio::spawn(async move { converse(&inhibition, theirs).await });
+        tokio::spawn(async move { converse(&inhibition, theirs, Vec::new()).await });
         (activity, BufReader::new(ours))
     }
 

@@ -92,6 +92,16 @@ pub fn run(options: Options, start_agent: impl FnOnce(AgentEnvironment) -> i32) 
     supervise::run(environment, start_agent)
 }
 
+/// Whether this process runs under [`run`]'s PID 1.
+pub fn is_supervised() -> bool {
+    SUPERVISED.load(Ordering::Relaxed)
+}
+
+/// This program took the place of one that ran under [`run`]'s PID 1, under the same pid.
+pub fn resume_supervised() {
+    SUPERVISED.store(true, Ordering::Relaxed);
+}
+
 /// Asks PID 1 to end everything and power off (in a container: to exit). Returns at once; SIGTERM follows.
 ///
 /// # Errors

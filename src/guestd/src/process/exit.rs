@@ -6,10 +6,10 @@ use guestd_protocol::wire::process as wire;
 
 use super::holders::Holder;
 use super::leader::Usage;
-use super::output::{End, Status};
+use super::output::{Channel, End, Status};
 
 /// Somebody ended it on purpose.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) enum Kill {
     /// A client did.
     Signal { signal: i32, by: String },
@@ -25,7 +25,7 @@ impl Kill {
 }
 
 /// Why there was an end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Cause {
     /// By itself.
     #[default]
@@ -63,7 +63,7 @@ impl Cause {
 }
 
 /// What is known beyond the status.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Record {
     pub cause: Cause,
     /// Who ended it, in words; empty when it ended by itself.
@@ -80,11 +80,21 @@ pub struct Record {
 }
 
 /// What was read of each output.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Bytes {
     pub stdout: u64,
     pub stderr: u64,
     pub pty: u64,
+}
+
+impl Bytes {
+    pub(super) fn add(&mut self, channel: Channel, count: usize) {
+        *match channel {
+            Channel::Stdout => &mut self.stdout,
+            Channel::Stderr => &mut self.stderr,
+            Channel::Pty => &mut self.pty,
+        } += count as u64;
+    }
 }
 
 impl Record {

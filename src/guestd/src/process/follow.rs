@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use connectrpc::{ConnectError, RequestContext};
 use futures_util::{Stream, stream};
 use guestd_protocol::wire::process as wire;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use wire::process_event as event;
 
@@ -81,6 +82,7 @@ pub(super) struct Follow {
     offsets: bool,
     pace: Pace,
     keepalive: Keepalive,
+    leaving: watch::Receiver<bool>,
     done: bool,
 }
 
@@ -93,6 +95,7 @@ impl Follow {
             offsets: wishes.offset.is_some(),
             pace: wishes.pace,
             keepalive: Keepalive::new(origin, &wishes.pace),
+            leaving: process.leaving(),
             done: false,
         }
     }
@@ -113,6 +116,10 @@ impl Follow {
         }
         let event = tokio::select! {
             biased;
+            _ = self.leaving.wait_for(|leaving| *leaving) => {
+                self.done = true;
+                return Some(Err(ConnectError::unavailable("the agent is being replaced: connect again")));
+            }
             event = self.reader.next() => event?,
             () = self.pace.over() => {
                 self.done = true;

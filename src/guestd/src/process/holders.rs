@@ -16,7 +16,7 @@ const NAMED: usize = 4;
 const TIME: Duration = Duration::from_millis(20);
 
 /// A process that keeps an output open.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Holder {
     pub pid: u32,
     /// As the kernel has it: at most 15 bytes.

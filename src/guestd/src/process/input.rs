@@ -4,6 +4,7 @@
 //! never wait for a writer that is stuck.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -72,6 +73,8 @@ impl Sink {
 pub(super) struct Input {
     kind: InputKind,
     sink: Mutex<Option<Sink>>,
+    /// The descriptor of a pipe, open until `closed`.
+    pipe: Option<RawFd>,
     closed: watch::Sender<bool>,
 }
 
@@ -82,7 +85,22 @@ impl Input {
             Some(Sink::Terminal(_)) => InputKind::Terminal,
             Some(Sink::Pipe(_)) | None => InputKind::Stdin,
         };
-        Self { kind, closed: watch::Sender::new(sink.is_none()), sink: Mutex::new(sink) }
+        let pipe = match &sink {
+            Some(Sink::Pipe(pipe)) => Some(pipe.as_raw_fd()),
+            Some(Sink::Terminal(_)) | None => None,
+        };
+        Self { kind, closed: watch::Sender::new(sink.is_none()), sink: Mutex::new(sink), pipe }
+    }
+
+    /// Of a process that was started by the program which this one was before; a terminal's kind stays when it is gone.
+    pub(super) fn of_kind(terminal: bool, sink: Option<Sink>) -> Self {
+        let kind = if terminal { InputKind::Terminal } else { InputKind::Stdin };
+        Self { kind, ..Self::new(sink) }
+    }
+
+    /// The pipe, while it is open: for the program that takes this process's place.
+    pub(super) fn pipe(&self) -> Option<RawFd> {
+        self.pipe.filter(|_| !*self.closed.borrow())
     }
 
     /// Writes all of `bytes`, or until `deadline`; without one as long as the process keeps taking something.

@@ -9,6 +9,7 @@ mod encode;
 mod exit;
 mod follow;
 mod fork;
+mod handover;
 mod holders;
 mod input;
 mod leader;
@@ -21,6 +22,7 @@ mod spec;
 mod terminal;
 
 use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +40,7 @@ use exit::Kill;
 use input::Input;
 
 pub use exit::{Cause, Record};
+pub use handover::{ProcessesState, Restored};
 pub use holders::Holder;
 pub use input::{InputError, InputKind};
 pub use leader::{Ended, Leader, Usage};
@@ -90,6 +93,16 @@ pub struct Process {
     kill: Mutex<Option<Kill>>,
     /// Turns true when the process was reaped.
     reaped: watch::Sender<bool>,
+    /// When its time is over.
+    deadline: Option<Instant>,
+    /// The outputs that are still read.
+    ends: Mutex<Vec<(Channel, RawFd)>>,
+    /// How it ended, while its output is still being read.
+    finishing: Mutex<Option<run::Finishing>>,
+    /// When its end was told.
+    retired: Mutex<Option<Instant>>,
+    /// The agent is about to be replaced: clients have to come back.
+    leaving: watch::Sender<bool>,
 }
 
 impl Process {
@@ -137,6 +150,11 @@ impl Process {
         let terminal = self.terminal().ok_or(ProcessError::NoTerminal)?;
         let size = Size::from_wire(columns, rows, terminal.size());
         terminal.resize(size).map_err(ProcessError::Resize)
+    }
+
+    /// Turns true when the agent is about to be replaced.
+    fn leaving(&self) -> watch::Receiver<bool> {
+        self.leaving.subscribe()
     }
 
     pub fn has_terminal(&self) -> bool {
@@ -207,7 +225,23 @@ impl Process {
         lock(&self.kill).clone()
     }
 
-    /// After the process's end: its group, to be asked and given up.
+    fn finishing(&self) -> Option<run::Finishing> {
+        *lock(&self.finishing)
+    }
+
+    fn finish(&self, finishing: run::Finishing) {
+        *lock(&self.finishing) = Some(finishing);
+    }
+
+    fn forget_end(&self, channel: Channel) {
+        lock(&self.ends).retain(|(known, _)| *known != channel);
+    }
+
+    fn group_usage(&self) -> Option<cgroup::GroupUsage> {
+        lock(&self.group).as_ref().map(Group::usage)
+    }
+
+    /// After the process's end: its group, to be given up.
     fn leave_group(&self) -> Option<Group> {
         lock(&self.group).take()
     }
@@ -251,12 +285,25 @@ pub struct Processes {
     cgroups: Arc<Cgroups>,
     /// What all kept output may take together.
     budget: Arc<output::budget::Budget>,
+    /// Outputs that outlive their commands, by descriptor; true is a terminal.
+    outliving: Mutex<HashMap<RawFd, bool>>,
+    leaving: watch::Sender<bool>,
+    /// In the places of clients that have to come back.
+    stand_ins: Mutex<Vec<Reader>>,
 }
 
 impl Processes {
     pub fn new(activity: Arc<Activity>, cgroups: Arc<Cgroups>) -> Arc<Self> {
         let budget = output::budget::Budget::new(output::TOTAL_LIMIT);
-        Arc::new(Self { table: Mutex::default(), activity, cgroups, budget })
+        Arc::new(Self {
+            table: Mutex::default(),
+            activity,
+            cgroups,
+            budget,
+            outliving: Mutex::default(),
+            leaving: watch::Sender::new(false),
+            stand_ins: Mutex::default(),
+        })
     }
 
     /// The control group of a new command.
@@ -309,7 +356,15 @@ impl Processes {
             spawn::Sources::Terminal(terminal) => Some(Arc::clone(terminal)),
             spawn::Sources::Pipes { .. } => None,
         };
+        let sources = run::sources(sources);
         let process = Arc::new(Process {
+            deadline,
+            ends: Mutex::new(
+                sources.iter().map(|(channel, source)| (*channel, source.as_raw_fd())).collect(),
+            ),
+            finishing: Mutex::default(),
+            retired: Mutex::default(),
+            leaving: self.leaving.clone(),
             pid,
             output: output::Output::new(Attachment::new(hold, class), Arc::clone(&self.budget)),
             input: Input::new(sink),
@@ -329,7 +384,7 @@ impl Processes {
             }
             table.live.insert(pid, Arc::clone(&process));
         }
-        tokio::spawn(run::run(Arc::clone(self), Arc::clone(&process), leader, sources, deadline));
+        tokio::spawn(run::run(Arc::clone(self), Arc::clone(&process), Some(leader), sources));
         Ok((process, reader))
     }
 
@@ -374,9 +429,25 @@ impl Processes {
         }
         table.ended.insert(process.pid, Arc::clone(process));
         drop(table);
+        *lock(&process.retired) = Some(Instant::now());
+        self.forget_after(process, RETAINED);
+    }
+
+    /// Reads on from an output that outlives its command, and throws away what comes.
+    fn discard(self: &Arc<Self>, mut source: run::Source) {
+        let fd = source.as_raw_fd();
+        lock(&self.outliving).insert(fd, source.is_terminal());
+        let processes = Arc::clone(self);
+        tokio::spawn(async move {
+            run::discard(&mut source).await;
+            lock(&processes.outliving).remove(&fd);
+        });
+    }
+
+    fn forget_after(self: &Arc<Self>, process: &Arc<Process>, after: Duration) {
         let (processes, process) = (Arc::downgrade(self), Arc::clone(process));
         tokio::spawn(async move {
-            tokio::time::sleep(RETAINED).await;
+            tokio::time::sleep(after).await;
             let Some(processes) = processes.upgrade() else { return };
             let mut table = processes.lock();
             if table.ended.get(&process.pid).is_some_and(|kept| Arc::ptr_eq(kept, &process)) {

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -10,14 +10,14 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use super::exit::{self, Kill, Record};
+use super::exit::{Kill, Record};
 use super::leader::{Ended, Leader, Usage};
 use super::output::pipe::{SMALL, read_chunk, widen};
 use super::output::{Channel, End, Status};
 use super::spawn::{Sources, pending};
 use super::terminal::Terminal;
 use super::{Process, Processes, holders, sleep_until};
-use crate::cgroup::Group;
+use crate::cgroup::GroupUsage;
 
 /// The most that one data event carries of a terminal (contract: envd.md section 2.6).
 const TERMINAL_CHUNK: usize = 16 * 1024;
@@ -27,7 +27,7 @@ const TERMINAL_CHUNK: usize = 16 * 1024;
 const LEAK_GRACE: Duration = Duration::from_millis(50);
 
 /// One output of a process.
-enum Source {
+pub(super) enum Source {
     Pipe(pipe::Receiver),
     Terminal(Arc<Terminal>),
 }
@@ -67,42 +67,60 @@ impl AsRawFd for Source {
     }
 }
 
-/// What became of one output.
-#[derive(Default)]
-struct Moved {
-    bytes: u64,
-    /// Still open when the process was over.
-    left: Option<Source>,
+impl Source {
+    pub(super) const fn is_terminal(&self) -> bool {
+        matches!(self, Self::Terminal(_))
+    }
+}
+
+/// What a new process's output is read from.
+pub(super) fn sources(sources: Sources) -> Vec<(Channel, Source)> {
+    match sources {
+        Sources::Pipes { stdout, stderr } => {
+            vec![(Channel::Stdout, Source::Pipe(stdout)), (Channel::Stderr, Source::Pipe(stderr))]
+        }
+        Sources::Terminal(terminal) => vec![(Channel::Pty, Source::Terminal(terminal))],
+    }
+}
+
+/// The end of a process whose output is still being read.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+pub(super) struct Finishing {
+    ended: Ended,
+    duration: Duration,
+    used: Option<GroupUsage>,
 }
 
 pub(super) async fn run(
     processes: Arc<Processes>,
     process: Arc<Process>,
-    mut leader: Leader,
-    sources: Sources,
-    deadline: Option<Instant>,
+    leader: Option<Leader>,
+    sources: Vec<(Channel, Source)>,
 ) {
     let exited = watch::Sender::new(false);
-    let (first, stdout, stderr) = match sources {
-        Sources::Pipes { stdout, stderr } => {
-            (Channel::Stdout, Source::Pipe(stdout), Some(Source::Pipe(stderr)))
-        }
-        Sources::Terminal(terminal) => (Channel::Pty, Source::Terminal(terminal), None),
-    };
-    let stdout = move_output(&process, Some(stdout), first, exited.subscribe());
-    let stderr = move_output(&process, stderr, Channel::Stderr, exited.subscribe());
+    let moved = sources
+        .into_iter()
+        .map(|(channel, source)| move_output(&process, source, channel, exited.subscribe()));
+    let moved = futures_util::future::join_all(moved);
     let wait = async {
-        let ended = wait(&process, &mut leader, deadline).await;
-        let duration = process.spec.started.elapsed();
-        let group = process.leave_group();
-        let used = group.as_ref().map(Group::usage);
+        let known = process.finishing();
+        let finishing = match (known, leader) {
+            (Some(known), _) => known,
+            (None, leader) => {
+                let ended = wait(&process, leader).await;
+                let used = process.group_usage();
+                let finishing = Finishing { ended, duration: process.spec.started.elapsed(), used };
+                process.finish(finishing);
+                finishing
+            }
+        };
         process.reaped.send_replace(true);
         // The other end of the pipe is gone, whoever else may hold it.
         process.release_input().await;
         exited.send_replace(true);
-        (ended, duration, group, used)
+        finishing
     };
-    let ((ended, duration, group, used), stdout, stderr) = tokio::join!(wait, stdout, stderr);
+    let (Finishing { ended, duration, used }, left) = tokio::join!(wait, moved);
     let kill = process.kill();
     let oom_killed = used.is_some_and(|used| used.oom_kills > 0);
     let mut record = Record::new(ended.status, kill.as_ref(), oom_killed);
@@ -113,13 +131,8 @@ pub(super) async fn run(
         system: used.system,
         peak_memory: used.peak_memory.unwrap_or(ended.usage.peak_memory),
     });
-    record.bytes = match first {
-        Channel::Pty => exit::Bytes { pty: stdout.bytes, ..exit::Bytes::default() },
-        Channel::Stdout | Channel::Stderr => {
-            exit::Bytes { stdout: stdout.bytes, stderr: stderr.bytes, pty: 0 }
-        }
-    };
-    let left: Vec<Source> = [stdout.left, stderr.left].into_iter().flatten().collect();
+    record.bytes = process.output.moved();
+    let left: Vec<Source> = left.into_iter().flatten().collect();
     if !left.is_empty() {
         record.truncated = true;
         let links: Vec<_> = left.iter().filter_map(Source::link).collect();
@@ -132,16 +145,20 @@ pub(super) async fn run(
     processes.retire(&process);
     let timed_out = kill == Some(Kill::Timeout);
     process.output.finish(End { status: ended.status, timed_out, record });
+    process.ends.lock().unwrap_or_else(PoisonError::into_inner).clear();
     for source in left {
-        tokio::spawn(discard(source));
+        processes.discard(source);
     }
-    if let Some(group) = group {
+    if let Some(group) = process.leave_group() {
         group.remove_when_empty();
     }
 }
 
-async fn wait(process: &Process, leader: &mut Leader, deadline: Option<Instant>) -> Ended {
-    let mut deadline = deadline;
+async fn wait(process: &Process, leader: Option<Leader>) -> Ended {
+    let mut deadline = process.deadline.filter(|_| process.kill() != Some(Kill::Timeout));
+    let Some(mut leader) = leader else {
+        return Ended { status: Status::Exited(-1), usage: Usage::default() };
+    };
     let ended = loop {
         tokio::select! {
             ended = leader.wait() => break ended,
@@ -160,15 +177,18 @@ async fn wait(process: &Process, leader: &mut Leader, deadline: Option<Instant>)
 }
 
 /// Reads an output to its end. After the process's end, what it left there is still read; then an output that somebody else holds open
-/// is given up.
+/// is given up, and returned.
 async fn move_output(
     process: &Process,
-    source: Option<Source>,
+    mut source: Source,
     channel: Channel,
     mut exited: watch::Receiver<bool>,
-) -> Moved {
-    let Some(mut source) = source else { return Moved::default() };
-    let mut bytes = 0;
+) -> Option<Source> {
+    let ended = |source| {
+        process.forget_end(channel);
+        drop(source);
+        None
+    };
     loop {
         let read = tokio::select! {
             biased;
@@ -178,14 +198,13 @@ async fn move_output(
         match read {
             Ok(chunk) if !chunk.is_empty() => {
                 let much = chunk.len() >= SMALL;
-                bytes += chunk.len() as u64;
                 process.output.write(channel, chunk).await;
                 if much {
                     // A process that floods does not keep the thread from the others.
                     tokio::task::yield_now().await;
                 }
             }
-            _ => return Moved { bytes, left: None },
+            _ => return ended(source),
         }
     }
     // What is in the pipe now was written before the end: all of it is read, however slow the clients are.
@@ -197,21 +216,20 @@ async fn move_output(
         match read {
             Ok(Ok(chunk)) if !chunk.is_empty() => {
                 left = left.saturating_sub(chunk.len());
-                bytes += chunk.len() as u64;
                 process.output.write(channel, chunk).await;
                 // Somebody else writes without a pause: there is always more.
                 if left == 0 && Instant::now() >= give_up {
-                    return Moved { bytes, left: Some(source) };
+                    return Some(source);
                 }
             }
-            Ok(_) => return Moved { bytes, left: None },
-            Err(_elapsed) => return Moved { bytes, left: Some(source) },
+            Ok(_) => return ended(source),
+            Err(_elapsed) => return Some(source),
         }
     }
 }
 
 /// A background job that outlives its command goes on writing: it must neither be stopped by a full pipe nor killed by a closed one.
-async fn discard(mut source: Source) {
+pub(super) async fn discard(source: &mut Source) {
     while let Ok(bytes) = source.read(SMALL).await
         && !bytes.is_empty()
     {}

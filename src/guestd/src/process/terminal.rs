@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 const DEFAULT_SIZE: Size = Size { columns: 80, rows: 24 };
 
 /// A terminal's size in characters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Size {
     pub columns: u16,
     pub rows: u16,

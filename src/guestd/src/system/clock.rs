@@ -12,7 +12,7 @@ const LAG: Duration = Duration::from_millis(50);
 const LEAD: Duration = Duration::from_secs(5);
 
 /// A point in time, as nanoseconds since 1970.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub(super) struct Timestamp(i128);
 
 impl Timestamp {

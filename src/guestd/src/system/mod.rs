@@ -16,8 +16,8 @@ mod request;
 mod restore;
 
 use std::path::Path;
-use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -26,6 +26,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use crate::access::Access;
 use crate::agent::Config;
@@ -35,7 +36,8 @@ use crate::inhibit::Inhibition;
 use crate::mmds::{Metadata, Mmds};
 use crate::settings::Settings;
 use crate::trust::TrustStore;
-use crate::volumes::{Kernel, Volumes};
+use crate::upgrade::{Report, Stamp};
+use crate::volumes::{Kernel, Mounted, Volumes};
 
 /// The longest body of an `/init`, in bytes (contract: envd.md section 12).
 const INIT_LIMIT: usize = 1024 * 1024;
@@ -63,9 +65,23 @@ pub struct System {
     guard: Mutex<Guard>,
     /// `/init` calls that thawed the machine and whose answer nobody waited for.
     unobserved: AtomicU32,
+    /// What became of what the agent before this one handed over, until the first accepted `/init` was told.
+    handover: Mutex<Option<Report>>,
     own_machine: bool,
     own_kernel: bool,
     power_off: fn(),
+}
+
+/// All of it that a next agent has to know.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct SystemState {
+    newest: Option<clock::Timestamp>,
+    lifecycle: Option<String>,
+    user_given: bool,
+    /// The agent's own maximum lifetime, and when it is over.
+    lifetime: Option<(Duration, Stamp)>,
+    unobserved: u32,
+    volumes: std::collections::BTreeMap<std::path::PathBuf, Mounted>,
 }
 
 /// What accepted `/init` calls said.
@@ -83,6 +99,7 @@ struct History {
 #[derive(Debug, Default)]
 struct Guard {
     length: Option<Duration>,
+    ends: Option<Instant>,
     timer: Option<AbortHandle>,
 }
 
@@ -111,6 +128,7 @@ impl System {
             history: Arc::default(),
             guard: Mutex::default(),
             unobserved: AtomicU32::new(0),
+            handover: Mutex::default(),
             own_machine: config.own_machine,
             own_kernel: config.own_kernel,
             power_off: config.power_off,
@@ -123,6 +141,44 @@ impl System {
         if self.own_kernel {
             restore::watch(Arc::clone(self));
         }
+    }
+
+    /// Whether an `/init` was accepted; None while one is being carried out.
+    pub fn is_initialised(&self) -> Option<bool> {
+        self.history.try_lock().ok().map(|history| history.accepted)
+    }
+
+    /// What the agent that takes this one's place has to know; None while an `/init` is being carried out.
+    pub fn export(&self) -> Option<SystemState> {
+        let history = self.history.try_lock().ok()?;
+        let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(SystemState {
+            newest: history.newest,
+            lifecycle: history.lifecycle.clone(),
+            user_given: history.user_given,
+            lifetime: guard.length.zip(guard.ends.map(Stamp::of)),
+            unobserved: self.unobserved.load(Ordering::Relaxed),
+            volumes: self.volumes.export(),
+        })
+    }
+
+    /// Goes on where the agent before this one was.
+    pub async fn restore(&self, state: SystemState) {
+        let mut history = self.history.lock().await;
+        history.accepted = true;
+        (history.newest, history.lifecycle) = (state.newest, state.lifecycle);
+        history.user_given = state.user_given;
+        drop(history);
+        self.unobserved.store(state.unobserved, Ordering::Relaxed);
+        self.volumes.restore(state.volumes);
+        if let Some((length, ends)) = state.lifetime {
+            self.guard_until(length, ends.instant());
+        }
+    }
+
+    /// Tells the next `/init` what became of what the agent before this one handed over.
+    pub fn tell_handover(&self, report: Report) {
+        *self.handover.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
     }
 
     /// Asks the metadata service who this machine is, in the place of whoever asks already.

@@ -6,6 +6,8 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::generation::Generations;
 use super::{System, entropy};
 use crate::doors::Connection;
@@ -30,12 +32,19 @@ impl System {
 
     /// Starts the agent's own end of the machine's lifetime, with a new length or the one from before.
     pub(super) fn guard_lifetime(&self, length: Option<Duration>) {
+        let known = self.guard.lock().unwrap_or_else(PoisonError::into_inner).length;
+        if let Some(length) = length.or(known) {
+            self.guard_until(length, Instant::now() + length);
+        }
+    }
+
+    /// As above, for a lifetime that began before.
+    pub(super) fn guard_until(&self, length: Duration, ends: Instant) {
         let mut guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.length = length.or(guard.length);
-        let Some(length) = guard.length else { return };
+        (guard.length, guard.ends) = (Some(length), Some(ends));
         let power_off = self.power_off;
         let timer = tokio::spawn(async move {
-            tokio::time::sleep(length).await;
+            tokio::time::sleep_until(ends).await;
             tracing::warn!("the maximum lifetime is over and nobody stopped this machine");
             power_off();
         });

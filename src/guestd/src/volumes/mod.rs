@@ -123,8 +123,9 @@ pub trait Mounter: Send + Sync + std::fmt::Debug {
     fn is_mounted(&self, path: &Path) -> bool;
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Mounted {
+/// What lies on a mount point, and since which life of the machine.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Mounted {
     source: String,
     life: Option<String>,
 }
@@ -141,6 +142,15 @@ pub struct Volumes {
 impl Volumes {
     pub fn new(mounter: Arc<dyn Mounter>) -> Self {
         Self { table: Arc::default(), mounter, turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// What is mounted, for the agent that takes this one's place.
+    pub fn export(&self) -> BTreeMap<PathBuf, Mounted> {
+        self.table.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    pub fn restore(&self, mounted: BTreeMap<PathBuf, Mounted>) {
+        *self.table.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = mounted;
     }
 
     /// Mounts what is not mounted yet in this `life` of the machine. What is not named stays as it is.

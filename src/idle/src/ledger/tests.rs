@@ -145,3 +145,18 @@ fn blame_lists_what_counts_first() {
     let classes: Vec<_> = ledger.by_blame().iter().map(|(_, hold)| hold.class).collect();
     assert_eq!(classes, [HoldClass::Command, HoldClass::Terminal]);
 }
+
+#[test]
+fn a_ledger_that_changes_hands_keeps_its_idle_clock_and_its_sequence_grows() {
+    let mut before = ledger();
+    let call = before.begin(HoldClass::Call, "a", 0, at(1_000));
+    let job = before.begin(HoldClass::Detached, "job", 7, at(1_500));
+    before.end(call, at(2_000));
+    let text = serde_json::to_string(&before.export()).unwrap();
+    let mut after = Ledger::restore(serde_json::from_str(&text).unwrap()).unwrap();
+    assert_eq!(after.idle_for(at(9_000)), Duration::from_secs(7));
+    assert!(after.sequence() > before.sequence());
+    assert_eq!(after.ids().collect::<Vec<_>>(), [job]);
+    assert_ne!(after.begin(HoldClass::Call, "b", 0, at(9_000)), job);
+    assert_eq!(after.counting(), 1);
+}

@@ -103,6 +103,18 @@ pub(super) fn expected(headers: &HeaderMap) -> Result<Vec<Expected>, DigestError
     Ok(found)
 }
 
+/// The SHA-256 of the content, as often as the request announces it.
+///
+/// # Errors
+///
+/// Those of [`expected`].
+pub fn expected_sha256(headers: &HeaderMap) -> Result<Vec<Vec<u8>>, DigestError> {
+    let of_content = |expected: &Expected| {
+        expected.field == "Content-Digest" && expected.value.algorithm == Algorithm::Sha256
+    };
+    Ok(expected(headers)?.into_iter().filter(of_content).map(|expected| expected.value.bytes).collect())
+}
+
 /// The digest that a client would like to have, if it is one of those known. A header that cannot be read is no wish.
 pub(super) fn wanted(headers: &HeaderMap) -> Option<Algorithm> {
     let lines = headers.get_all(WANT_REPR).iter().filter_map(|line| line.to_str().ok());

@@ -32,6 +32,7 @@ use tower_http::decompression::RequestDecompressionLayer;
 
 use super::{Caller, Filesystem};
 
+pub use digest::expected_sha256;
 pub use error::FilesError;
 
 /// The routes of this folder, for merging into the agent's router: `GET` and `POST /files` with bodies of any size, and

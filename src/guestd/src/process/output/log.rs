@@ -43,6 +43,16 @@ pub(super) struct Log {
 }
 
 impl Log {
+    /// An empty log whose next byte is at `offset`.
+    pub(super) fn at(offset: u64) -> Self {
+        Self { end: offset, ..Self::default() }
+    }
+
+    /// Everything that is kept, oldest first.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = (Channel, &Bytes)> {
+        self.chunks.iter().map(|chunk| (chunk.channel, &chunk.bytes))
+    }
+
     /// The memory that it takes, in bytes.
     pub(super) fn held(&self) -> usize {
         self.held

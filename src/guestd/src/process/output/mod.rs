@@ -16,6 +16,7 @@
 //! not ask sees new output only (contract: envd.md section 2.8).
 
 pub(super) mod budget;
+mod handover;
 mod log;
 pub(super) mod pipe;
 
@@ -28,8 +29,11 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 use super::Attachment;
+use super::exit;
 use budget::Budget;
 use log::Log;
+
+pub(super) use handover::OutputState;
 
 /// What the log of one process may take, in bytes; also the window of each of its clients.
 const LOG_LIMIT: usize = 1024 * 1024;
@@ -41,7 +45,7 @@ pub const TOTAL_LIMIT: usize = 8 * 1024 * 1024;
 /// How long one client may hold up others.
 const PATIENCE: Duration = Duration::from_millis(10);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Channel {
     Stdout,
     Stderr,
@@ -49,7 +53,7 @@ pub enum Channel {
 }
 
 /// How a process ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct End {
     /// The exit code, or the signal's number.
     pub status: Status,
@@ -58,7 +62,7 @@ pub struct End {
     pub record: super::Record,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Status {
     Exited(i32),
     Signalled { signal: i32, core_dumped: bool },
@@ -124,6 +128,10 @@ enum Room {
 #[derive(Debug)]
 struct State {
     log: Log,
+    /// Read of the process already and not in the log yet, because there is no room: at most one chunk of each channel.
+    waiting: Vec<(Channel, Bytes)>,
+    /// How much the process wrote, the waiting included.
+    moved: exit::Bytes,
     end: Option<End>,
     places: HashMap<u64, Place>,
     next_client: u64,
@@ -255,6 +263,8 @@ impl Output {
     pub(super) fn new(attachment: Attachment, budget: Arc<Budget>) -> Self {
         let state = State {
             log: Log::default(),
+            waiting: Vec::new(),
+            moved: exit::Bytes::default(),
             end: None,
             places: HashMap::new(),
             next_client: 0,
@@ -270,6 +280,11 @@ impl Output {
             me: Weak::clone(me),
         });
         Self { shared }
+    }
+
+    /// How much the process wrote so far.
+    pub(super) fn moved(&self) -> exit::Bytes {
+        self.shared.lock().moved
     }
 
     /// A client that sees what comes from now on, and the end.
@@ -317,13 +332,20 @@ impl Output {
     pub(super) async fn write(&self, channel: Channel, bytes: Bytes) {
         let shared = &self.shared;
         let cost = log::cost(bytes.len());
-        shared.lock().attachment.progress(bytes.len());
+        {
+            let mut state = shared.lock();
+            state.attachment.progress(bytes.len());
+            state.moved.add(channel, bytes.len());
+            // In sight from here on, so that nothing is lost should the agent be replaced while this waits.
+            state.waiting.push((channel, bytes.clone()));
+        }
         loop {
             let news = shared.writable.notified();
             shared.budget.make_room(cost);
             let room = shared.change(|state, used_by_others| {
                 let room = state.room(cost, &shared.budget, used_by_others);
                 if room == Room::Free {
+                    state.waiting.retain(|(waiting, _)| *waiting != channel);
                     state.log.append(channel, bytes.clone());
                 }
                 room

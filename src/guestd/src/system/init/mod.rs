@@ -3,8 +3,8 @@
 //! One call at a time is carried out, by a task of its own: a host that asks again every few milliseconds and hangs up in between never
 //! leaves one half done.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Extension;
@@ -30,6 +30,7 @@ const THAW: HeaderName = HeaderName::from_static("x-envd-thaw");
 const CLOCK_CORRECTION: HeaderName = HeaderName::from_static("x-envd-init-clock-correction");
 const UNOBSERVED: HeaderName = HeaderName::from_static("x-envd-init-unobserved");
 const DEFAULTS: HeaderName = HeaderName::from_static("x-envd-defaults");
+const HANDOVER: HeaderName = HeaderName::from_static("x-envd-handover");
 const CPUS: HeaderName = HeaderName::from_static("x-envd-cpus");
 
 /// How long a call waits for the one before it; longer than volumes may take to mount.
@@ -160,6 +161,9 @@ impl System {
             return Reply::failed(StatusCode::UNAUTHORIZED, refusal);
         }
         let mut reply = Reply::default();
+        if let Some(report) = self.handover.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            reply.put(HANDOVER, &report);
+        }
         let delay = received.elapsed();
         if let Some(timestamp) = asked.timestamp {
             reply.put(CLOCK_CORRECTION, &u64::try_from(delay.as_millis()).unwrap_or(u64::MAX));
