@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from harness.connect import JSON_STREAM, Stream, call, envelope, frames, open_stream, process
@@ -175,3 +176,27 @@ def test_no_one_but_the_host_freezes(frozen_agent, path):
     for headers in ({}, {"X-Guestd-Control": "guess"}, {"X-Access-Token": "host"}):
         assert client.post(path, headers=headers).status_code == 401
     assert not is_frozen(root / "user")
+
+
+def test_a_replaced_agent_keeps_the_workload_frozen_until_its_host_comes(frozen_agent):
+    client, hierarchy = frozen_agent
+    message = {"process": process("/bin/sh", "-c", "while :; do echo x; sleep 0.05; done")}
+    with open_stream(client, "process.Process/Start", message) as response:
+        pid = Stream(response).until("start")["pid"]
+    for _ in range(2):
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/upgrade", headers=HOST)
+        assert client.get("/health").status_code == 204
+        assert is_frozen(hierarchy / "user")
+        assert client.post("/init", headers=HOST).status_code == 204
+        assert not is_frozen(hierarchy / "user")
+    assert [folder.name for folder in (hierarchy / "user").iterdir() if folder.is_dir()] == ["c-1"]
+    call(client, "process.Process/SendSignal", {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"})
+    with open_stream(client, "process.Process/Connect", {"process": {"pid": pid}}) as response:
+        end = Stream(response).rest().end
+    assert end["record"]["cause"] == "killed"
+    assert int(end["record"]["peakMemoryBytes"]) > 0
+    deadline = time.monotonic() + 5
+    while any(folder.is_dir() for folder in (hierarchy / "user").iterdir()):
+        assert time.monotonic() < deadline, "the group of a command that ended stays"
+        time.sleep(0.01)

@@ -378,7 +378,6 @@ WITHOUT = {
     "1.7/unavailable": "only while a cgroup is frozen or the agent stops: the host's side, see 4.8/freeze",
     "1.8/unavailable": "hostd's answer, not the agent's: tests/api/test_proxy_answers.py",
     "1.10/frozen": "freezing is the host's and would stop the machine under the tests; the agent's own tests freeze groups they made",
-    "2.7/readopted": "needs a live upgrade, which is the host's: see 4.11/upgrade",
     "2.13/groups": "server side: no client can ask for a cgroup's weights; src/guestd's own tests",
     "3.4/overflow": "envd ends the watcher, which is weakness 19: tests/conformance/test_weaknesses.py tries it",
     "4.3/ca": "writes the trust store of the machine under the tests; the agent's own tests use a root of their own",
@@ -389,8 +388,6 @@ WITHOUT = {
     "4.8/freeze": "the host's alone, and it would stop the machine under the tests; refusals are covered",
     "4.9/fsfreeze": "the host's alone, and it would stop the disk under the tests; refusals are covered",
     "4.10/collapse": "the host's alone; refusals are covered",
-    "4.11/upgrade": "the host's alone; refusals are covered",
-    "5/upgrade": "needs a live upgrade, which is the host's: see 4.11/upgrade",
     "5/traffic": "checked by hostd's proxy: tests/api/test_proxy_routing.py",
 }
 

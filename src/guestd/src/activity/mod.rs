@@ -371,4 +371,27 @@ mod tests {
         drop(hold);
         assert!(changes.has_changed().unwrap());
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_replaced_agent_keeps_the_idle_clock_and_ends_the_calls_of_the_one_before() {
+        let before = activity();
+        let job = before.hold(HoldClass::Detached, "job");
+        tokio::time::advance(Duration::from_secs(40)).await;
+        assert_eq!(before.idle_for(), Duration::from_secs(40));
+        let state = serde_json::to_string(&before.export().unwrap()).unwrap();
+        let after = Activity::restore(serde_json::from_str(&state).unwrap()).unwrap();
+        let claimed = after.claim(job.id()).unwrap();
+        after.settle(&[claimed.id()]);
+        assert!(after.idle_for().abs_diff(Duration::from_secs(40)) < Duration::from_secs(1));
+        assert!(after.report().sequence > before.report().sequence);
+        let call = before.hold(HoldClass::Call, "call");
+        let state = serde_json::to_string(&before.export().unwrap()).unwrap();
+        let after = Activity::restore(serde_json::from_str(&state).unwrap()).unwrap();
+        assert_eq!(after.report().counting, 1);
+        after.settle(&[job.id()]);
+        assert_eq!((after.report().counting, after.idle_for().as_secs()), (0, 0));
+        drop(call);
+        assert!(before.prepare(1, Duration::ZERO).0 && before.commit(1));
+        assert!(before.export().is_none(), "a released sandbox has no next agent");
+    }
 }

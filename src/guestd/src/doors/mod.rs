@@ -320,7 +320,8 @@ mod tests {
         };
         let router = Router::new().route("/", axum::routing::get(endless));
         let (mut client, server) = tokio::io::duplex(1024);
-        let doors = Doors::new(router, Arc::default(), Connections::default(), tokio::sync::watch::channel(false).1);
+        let doors =
+            Doors::new(router, Arc::default(), Connections::default(), tokio::sync::watch::channel(false).1);
         let serving = tokio::spawn(async move { doors.serve(server, Peer::Unix).await });
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         for _ in 0..10_000 {

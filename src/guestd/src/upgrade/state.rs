@@ -207,4 +207,22 @@ mod tests {
         assert_eq!(store.get(1, 2), Some(&b"bc"[..]));
         assert_eq!((store.get(1, 3), store.get(u64::MAX, 1), store.get(9, 0)), (None, None, None));
     }
+
+    #[test]
+    fn a_state_of_another_form_is_refused() {
+        let of = |bytes: &[u8]| {
+            let mut file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+            file.write_all(bytes).unwrap();
+            file.seek(SeekFrom::Start(0)).unwrap();
+            read(file.into()).unwrap_err().to_string()
+        };
+        let with = |schema: u32, length: u64| {
+            [&MAGIC[..], &schema.to_le_bytes(), &length.to_le_bytes(), b"{}"].concat()
+        };
+        assert!(of(&with(SCHEMA + 1, 2)).contains("a form that this agent does not know"));
+        assert!(of(&with(SCHEMA, u64::MAX)).contains("too long"));
+        assert!(of(&with(SCHEMA, 2)).contains("missing field"));
+        assert!(of(b"something else entirely").contains("is none"));
+        of(b"short");
+    }
 }

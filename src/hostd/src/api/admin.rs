@@ -1,13 +1,15 @@
 //! hostd's own calls: why a sandbox is alive or gone, and the metrics. Looking is never use.
 
+use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::header;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 
 use super::{Api, ApiError};
 use crate::ids;
 use crate::lifetime::Found;
 use crate::lifetime::explain::{self, Explanation};
+use crate::lifetime::upgrade::{UpgradeError, Upgraded};
 
 pub(super) async fn explain(
     State(api): State<Api>,
@@ -20,6 +22,31 @@ pub(super) async fn explain(
         None => return Err(ApiError::no_sandbox(known)),
     };
     Ok(axum::Json(explanation))
+}
+
+/// Replaces a sandbox's agent while everything in it runs on: by the program in the body, or by itself.
+pub(super) async fn upgrade(
+    State(api): State<Api>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<axum::Json<Upgraded>, ApiError> {
+    let sandbox = api.sandbox(&id)?;
+    let passed = ["content-type", "content-length", "content-digest", "x-envd-upgrade-bin"];
+    let headers = headers.into_iter().filter_map(|(name, value)| Some((name?, value)));
+    let headers = headers.filter(|(name, _)| passed.contains(&name.as_str())).collect();
+    let upgraded = sandbox.upgrade(headers, body).await;
+    Ok(axum::Json(upgraded?))
+}
+
+impl From<UpgradeError> for ApiError {
+    fn from(error: UpgradeError) -> Self {
+        let status = match &error {
+            UpgradeError::Refused { status, .. } => *status,
+            UpgradeError::Link(_) | UpgradeError::Lost => StatusCode::BAD_GATEWAY,
+        };
+        Self::new(status, error.to_string())
+    }
 }
 
 pub(super) async fn tombstones(State(api): State<Api>) -> axum::Json<Vec<Explanation>> {

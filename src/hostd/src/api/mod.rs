@@ -54,6 +54,7 @@ pub fn router(api: Api) -> Router {
         .route("/sandboxes/{id}/logs", get(logs::v1))
         .route("/v2/sandboxes/{id}/logs", get(logs::v2))
         .route("/sandboxes/{id}/idle", get(admin::explain))
+        .route("/sandboxes/{id}/upgrade", post(admin::upgrade))
         .route("/tombstones", get(admin::tombstones))
         .route("/metrics", get(admin::metrics))
         .layer(middleware::from_fn_with_state(api.clone(), authorize))

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use connectrpc::{ConnectError, ErrorCode};
 use guestd_idle::lifetime::{PREPARE_DEADLINE, Verdict};
 use guestd_idle::{EndReason, GuestReport, Step};
 use guestd_protocol::wire::activity::v1 as wire;
@@ -216,13 +217,26 @@ async fn watch(sandbox: Arc<Sandbox>) {
                     Ok(None) => break,
                     Err(error) => {
                         tracing::debug!(sandbox = sandbox.record.id, %error, "the report stream broke off");
+                        greet_if_new(&sandbox, &error).await;
                         break;
                     }
                 }
             },
-            Err(error) => tracing::debug!(sandbox = sandbox.record.id, %error, "no report stream"),
+            Err(error) => {
+                tracing::debug!(sandbox = sandbox.record.id, %error, "no report stream");
+                greet_if_new(&sandbox, &error).await;
+            }
         }
         tokio::time::sleep(WATCH_PAUSE).await;
+    }
+}
+
+/// An agent that took another's place serves nobody before its host has come.
+async fn greet_if_new(sandbox: &Sandbox, error: &ConnectError) {
+    if error.code == ErrorCode::Unauthenticated
+        && let Err(error) = sandbox.greet().await
+    {
+        tracing::warn!(sandbox = sandbox.record.id, %error, "the agent refuses its host");
     }
 }
 

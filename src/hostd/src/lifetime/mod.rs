@@ -8,6 +8,7 @@ mod adopt;
 pub mod create;
 mod driver;
 pub mod explain;
+pub mod upgrade;
 mod use_mark;
 
 use std::collections::HashMap;
@@ -49,6 +50,8 @@ pub struct Sandbox {
     use_mark: UseMark,
     /// Wakes the driver.
     changed: Notify,
+    /// What a new agent said that it took over from the one before it, until somebody asks.
+    handover: Mutex<Option<String>>,
     /// Turns true when its tombstone is on disk.
     buried: watch::Sender<bool>,
     /// Turns true when the sandbox is over: proxied connections are cut.
@@ -68,6 +71,7 @@ impl Sandbox {
             record,
             link,
             log: Arc::default(),
+            handover: Mutex::default(),
             machine,
             lifetime: Mutex::new(lifetime),
             report: Mutex::default(),

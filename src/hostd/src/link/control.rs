@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use guestd_protocol::CONTROL_HEADER;
 use guestd_protocol::init::InitRequest;
 use guestd_protocol::wire::activity::v1 as wire;
-use http::{Request, Response, StatusCode, Uri, header};
+use http::{HeaderMap, Request, Response, StatusCode, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use wire::ActivityClient;
@@ -19,6 +19,12 @@ use super::{Link, LinkError};
 
 /// The header in which an agent says which envd it is compatible with.
 const VERSION_HEADER: &str = "x-envd-version";
+
+/// The header in which an agent that took another's place says what it took over, in JSON.
+const HANDOVER_HEADER: &str = "x-envd-handover";
+
+/// How long an upgrade may take, the way of the program included.
+const UPGRADE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A call that is answered from memory takes no longer, even in an emulated machine under load.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,6 +51,15 @@ impl tower::Service<Request<ClientBody>> for Through {
     }
 }
 
+/// What an agent answers to an `/init`.
+#[derive(Clone, Debug)]
+pub struct Greeting {
+    /// The envd version that it is compatible with.
+    pub version: String,
+    /// After an upgrade: what was taken over.
+    pub handover: Option<String>,
+}
+
 /// A report stream of an agent.
 pub type Reports = connectrpc::client::ServerStream<Incoming, wire::ReportView<'static>>;
 
@@ -54,6 +69,14 @@ impl Link {
     /// # Errors
     /// When the agent cannot be reached, or what it answered.
     pub async fn init(&self, request: &InitRequest) -> Result<String, LinkError> {
+        self.greet(request).await.map(|greeting| greeting.version)
+    }
+
+    /// `POST /init`, and everything that the agent answers.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, or what it answered.
+    pub async fn greet(&self, request: &InitRequest) -> Result<Greeting, LinkError> {
         let body = serde_json::to_vec(request).map_err(io::Error::other)?;
         let request = Request::post("http://guest/init")
             .header(header::CONTENT_TYPE, "application/json")
@@ -70,8 +93,40 @@ impl Link {
             tracing::warn!(status = %parts.status, text, "the agent refused /init");
             return Err(LinkError::Status(parts.status));
         }
-        let version = parts.headers.get(VERSION_HEADER).and_then(|value| value.to_str().ok());
-        Ok(version.unwrap_or(guestd_protocol::ENVD_VERSION).to_owned())
+        let text = |name| parts.headers.get(name).and_then(|value: &http::HeaderValue| value.to_str().ok());
+        Ok(Greeting {
+            version: text(VERSION_HEADER).unwrap_or(guestd_protocol::ENVD_VERSION).to_owned(),
+            handover: text(HANDOVER_HEADER).map(str::to_owned),
+        })
+    }
+
+    /// `POST /upgrade`: None when the agent broke off, which is what it does when another takes its place; else what it answered.
+    ///
+    /// # Errors
+    /// When the agent cannot be reached, or says nothing at all.
+    pub async fn upgrade(
+        &self,
+        headers: HeaderMap,
+        body: Body,
+    ) -> Result<Option<(StatusCode, String)>, LinkError> {
+        let mut request = Request::post("http://guest/upgrade").body(body).map_err(io::Error::other)?;
+        *request.headers_mut() = headers;
+        request.headers_mut().insert(CONTROL_HEADER, self.control_header());
+        let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer to /upgrade");
+        let answer = tokio::time::timeout(UPGRADE_TIMEOUT, self.send(request)).await.map_err(timed_out)?;
+        let response = match answer {
+            Ok(response) => response,
+            Err(LinkError::Http(error)) => {
+                tracing::debug!(%error, "the agent broke off: another takes its place");
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let (parts, body) = response.into_parts();
+        let text = http_body_util::Limited::new(body, ANSWER_LIMIT).collect().await;
+        let text =
+            text.map(|text| String::from_utf8_lossy(&text.to_bytes()).into_owned()).unwrap_or_default();
+        Ok(Some((parts.status, text)))
     }
 
     /// The agent's `GET /metrics`.

@@ -360,3 +360,40 @@ async fn a_line_of_the_agents_own_reaches_who_is_attached_waits_for_nobody_and_i
     }
     assert!(matches!(last, Some(Event::End(_))));
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_output_that_changes_hands_keeps_what_clients_have_yet_to_read() {
+    let before = output();
+    let reader = before.attach();
+    flood(&before, 0..20).await;
+    // More than there is room for: the writer waits with a chunk that nobody else has.
+    let writer = tokio::spawn({
+        let before = Arc::clone(&before);
+        async move { flood(&before, 20..40).await }
+    });
+    for _ in 0..100 {
+        yield_now().await;
+    }
+    assert!(!writer.is_finished());
+    let mut store = crate::upgrade::Store::default();
+    let state = before.export(&mut store);
+    let state: OutputState = serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();
+    writer.abort();
+    let activity = Activity::new(guestd_idle::Policy::default());
+    let attachment = || Attachment::of(activity.hold(guestd_idle::HoldClass::Command, "test"));
+    let budget = Budget::new(TOTAL_LIMIT);
+    let (after, stand_ins) = Output::restore(&state, &store, attachment(), Arc::clone(&budget)).unwrap();
+    assert_eq!(after.moved(), before.moved());
+    let written = after.moved().stdout;
+    assert!(written > 20 * CHUNK as u64);
+    // The client is not back yet, and the process is held back all the same.
+    let flooded = tokio::time::timeout(Duration::from_secs(60), after.write(Channel::Stdout, chunk(0))).await;
+    assert!(flooded.is_err() && stand_ins.len() == 1);
+    let back = after.attach_at(0).unwrap();
+    drop(stand_ins);
+    after.finish(end());
+    let seen = drain(back).await;
+    assert_eq!((seen.from, seen.gaps.len(), seen.bytes), (Some(0), 0, written));
+    drop(reader);
+    assert!(Output::restore(&state, &crate::upgrade::Store::default(), attachment(), budget).is_none());
+}
