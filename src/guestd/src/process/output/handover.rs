@@ -82,6 +82,6 @@ impl Output {
     }
 
     fn stand_in(&self, at: u64) -> Reader {
-        self.enter(|_| Place { at, takes_gaps: true, kept: true })
+        self.enter(|_| Place { at, takes_gaps: true, kept: true, stand_in: true })
     }
 }

@@ -113,6 +113,8 @@ struct Place {
     takes_gaps: bool,
     /// Its place is kept: the writer waits before it forgets what is there.
     kept: bool,
+    /// The client is not there, and may come back: its place is kept, and nobody is attached.
+    stand_in: bool,
 }
 
 /// Whether the writer may go on.
@@ -141,6 +143,11 @@ struct State {
 }
 
 impl State {
+    /// How many clients are attached.
+    fn clients(&self) -> usize {
+        self.places.values().filter(|place| !place.stand_in).count()
+    }
+
     /// The offset from which on the log may not be forgotten.
     fn needed(&self) -> u64 {
         self.places.values().filter(|place| place.kept).map(|place| place.at).min().unwrap_or(u64::MAX)
@@ -175,7 +182,7 @@ impl State {
             !behind || place.takes_gaps
         });
         self.behind_since = None;
-        let clients = self.places.len();
+        let clients = self.clients();
         self.attachment.clients(clients);
         self.keep_the_only();
     }
@@ -289,7 +296,7 @@ impl Output {
 
     /// A client that sees what comes from now on, and the end.
     pub(super) fn attach(&self) -> Reader {
-        self.enter(|end| Place { at: end, takes_gaps: false, kept: true })
+        self.enter(|end| Place { at: end, takes_gaps: false, kept: true, stand_in: false })
     }
 
     /// A client that sees everything from `offset` on, as far as it is kept.
@@ -301,7 +308,7 @@ impl Output {
         if offset > end {
             return Err(BeyondEnd { asked: offset, end });
         }
-        Ok(self.enter(|_| Place { at: offset, takes_gaps: true, kept: true }))
+        Ok(self.enter(|_| Place { at: offset, takes_gaps: true, kept: true, stand_in: false }))
     }
 
     fn enter(&self, place: impl FnOnce(u64) -> Place) -> Reader {
@@ -310,7 +317,7 @@ impl Output {
         state.next_client += 1;
         let place = place(state.log.end());
         state.places.insert(client, place);
-        let count = state.places.len();
+        let count = state.clients();
         state.attachment.clients(count);
         drop(state);
         // A writer that waits for a lone slow client has to learn that it holds up another now.
@@ -386,7 +393,7 @@ impl Output {
     pub(super) fn finish(&self, end: End) {
         let mut state = self.shared.lock();
         state.end = Some(end);
-        let clients = state.places.len();
+        let clients = state.clients();
         state.attachment.ended(clients);
         drop(state);
         self.shared.readable.notify_waiters();
@@ -449,7 +456,7 @@ impl Drop for Reader {
         let mut state = self.shared.lock();
         state.places.remove(&self.client);
         state.keep_the_only();
-        let count = state.places.len();
+        let count = state.clients();
         state.attachment.clients(count);
         drop(state);
         self.shared.writable.notify_waiters();
