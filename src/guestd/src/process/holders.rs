@@ -44,16 +44,17 @@ fn stat_of(fd: RawFd) -> io::Result<libc::stat> {
     if unsafe { libc::fstat(fd, &raw mut stat) } < 0 { Err(io::Error::last_os_error()) } else { Ok(stat) }
 }
 
-/// Searches, youngest numbers first: who holds on was started late. Blocks for as long as [`TIME`].
-pub(super) fn find(links: &[PathBuf]) -> Vec<Holder> {
-    let until = Instant::now() + TIME;
+/// Searches those that came after the process `first`: who holds on is a descendant of it. Blocks for as long as [`TIME`].
+pub(super) fn find(first: u32, links: &[PathBuf]) -> Vec<Holder> {
     let mut pids: Vec<u32> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid| *pid != std::process::id())
         .collect();
-    pids.sort_unstable_by(|a, b| b.cmp(a));
+    // Numbers are given out in a circle: after the largest come small ones (proc_sys_kernel(5), pid_max).
+    pids.sort_unstable_by_key(|pid| pid.wrapping_sub(first));
+    let until = Instant::now() + TIME;
     let mut found = Vec::new();
     for pid in pids {
         if found.len() == NAMED || Instant::now() > until {
@@ -86,10 +87,13 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         let mut sleeper =
             Command::new("/bin/sleep").arg("100").stdin(Stdio::null()).stdout(writer).spawn().unwrap();
-        let found = find(&[link_of_pipe(&reader).unwrap()]);
+        let link = [link_of_pipe(&reader).unwrap()];
+        let found = find(std::process::id(), &link);
+        let around_the_circle = find(u32::MAX, &link);
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();
         assert_eq!(found, [Holder { pid: sleeper.id(), name: "sleep".to_owned() }]);
-        assert_eq!(find(&[link_of_pipe(&reader).unwrap()]), []);
+        assert_eq!(around_the_circle, found);
+        assert_eq!(find(std::process::id(), &link), []);
     }
 }

@@ -136,7 +136,9 @@ pub(super) async fn run(
     if !left.is_empty() {
         record.truncated = true;
         let links: Vec<_> = left.iter().filter_map(Source::link).collect();
-        record.held_by = tokio::task::spawn_blocking(move || holders::find(&links)).await.unwrap_or_default();
+        let first = process.pid;
+        let found = tokio::task::spawn_blocking(move || holders::find(first, &links)).await;
+        record.held_by = found.unwrap_or_default();
         tracing::debug!(pid = process.pid, holders = ?record.held_by, "an output outlives its command");
     }
     let (pid, tag, cause) = (process.pid, process.spec.tag.as_deref(), record.cause.name());
