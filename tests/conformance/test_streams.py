@@ -220,6 +220,13 @@ def test_no_timeout_is_no_deadline(plane, timeout):
     assert (ran.stdout, ran.error) == (b"done\n", None)
 
 
+@pytest.mark.parametrize("timeout", ["0", "0000000000"])
+@contract("2.10/zero", "2.10/unary")
+def test_a_timeout_of_zero_is_no_deadline_of_a_unary_call_either(plane, timeout):
+    assert plane.fs("Stat", path="/", _headers={"Connect-Timeout-Ms": timeout}).status == 200
+    assert plane.process("List", headers={"Connect-Timeout-Ms": timeout}).status == 200
+
+
 @pytest.mark.parametrize("timeout", ["soon", "-1", "1.5", "12345678901", "1s", "0x10"])
 @contract("1.10/timeout-header", "1.7/invalid_argument")
 def test_a_malformed_timeout_is_refused_and_runs_nothing(plane, box, timeout):
