@@ -31,6 +31,7 @@ use crate::freeze::{self, Freezer};
 use crate::identity::Accounts;
 use crate::inhibit::{self, Inhibition};
 use crate::logs::{self, LogService, Logs};
+use crate::memory;
 use crate::notice::{self, Notices};
 use crate::ports::Ports;
 use crate::process::{ProcessService, Processes};
@@ -244,7 +245,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let Built { router, access, connections, activity, inhibition, system, upgrader, parts } =
-        build(&config, logs, resumed.as_mut());
+        build(&config, Arc::clone(&logs), resumed.as_mut());
     let mut inherited = |door| resumed.as_mut().and_then(|resumed| resumed.door(&door));
     let doors = Doors::new(router, access, connections, upgrader.shut());
     let mut tcp = Vec::new();
@@ -314,6 +315,7 @@ pub async fn serve(
         tokio::spawn(doors.serial(device, is_resumed));
     }
     system.start();
+    tokio::spawn(memory::give_back_at_rest(Arc::clone(&activity), logs));
     forward_ports(&config, &activity);
     stop.await;
     Ok(())

@@ -14,6 +14,7 @@ pub mod identity;
 pub mod inhibit;
 pub mod init;
 pub mod logs;
+pub mod memory;
 pub mod mmds;
 pub mod notice;
 pub mod ports;

@@ -11,6 +11,7 @@ use guestd::agent::{self, Config};
 use guestd::cgroup::Choice;
 use guestd::init::{self, Place};
 use guestd::logs::{self, Logs};
+use guestd::memory;
 use guestd::mmds;
 use guestd::ports;
 use guestd::upgrade::{self, Asked, Resumed};
@@ -166,6 +167,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
 
 /// Runs the agent to its end; the result is its exit code.
 fn run(config: Config, resumed: Option<Resumed>) -> i32 {
+    memory::limit_heaps();
     let logs = Logs::new();
     let console = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)

@@ -34,6 +34,9 @@ struct Inner {
     gate: Gate,
     /// A task looks for progress that nobody reports.
     sampling: bool,
+    /// The ledger's sequence, and when it became that: the last time that the set of holds changed.
+    told: u64,
+    changed: Instant,
 }
 
 /// Everything about being used, as data.
@@ -54,11 +57,15 @@ pub struct Activity {
 
 impl Activity {
     pub fn new(policy: Policy) -> Arc<Self> {
-        let gate = Gate::new(policy, Moment::default());
-        let changes = watch::Sender::new(gate.ledger.sequence());
+        Self::with(Instant::now(), Gate::new(policy, Moment::default()))
+    }
+
+    fn with(origin: Instant, gate: Gate) -> Arc<Self> {
+        let told = gate.ledger.sequence();
+        let changes = watch::Sender::new(told);
         Arc::new(Self {
-            origin: Instant::now(),
-            inner: Mutex::new(Inner { gate, sampling: false }),
+            origin,
+            inner: Mutex::new(Inner { gate, sampling: false, told, changed: Instant::now() }),
             fence: Notify::new(),
             changes,
         })
@@ -80,13 +87,7 @@ impl Activity {
     /// When the idle policy is one that this agent does not know.
     pub fn restore(state: ActivityState) -> Result<Arc<Self>, PolicyError> {
         let gate = Gate::after(Ledger::restore(state.ledger)?, state.epoch);
-        let changes = watch::Sender::new(gate.ledger.sequence());
-        Ok(Arc::new(Self {
-            origin: state.origin.instant(),
-            inner: Mutex::new(Inner { gate, sampling: false }),
-            fence: Notify::new(),
-            changes,
-        }))
+        Ok(Self::with(state.origin.instant(), gate))
     }
 
     /// Takes over a hold of the agent before this one; None when there is none of that id. Nobody may claim it twice.
@@ -143,6 +144,7 @@ impl Activity {
                 match inner.gate.admit(class, shortened(origin), now) {
                     Passage::Admitted(id) => {
                         let sequence = inner.gate.ledger.sequence();
+                        (inner.told, inner.changed) = (sequence, Instant::now());
                         drop(inner);
                         self.changes.send_replace(sequence);
                         return Ok(HoldGuard { activity: Arc::clone(self), id });
@@ -218,6 +220,11 @@ impl Activity {
         }
     }
 
+    /// When the set of holds changed for the last time.
+    pub fn changed(&self) -> Instant {
+        self.lock().changed
+    }
+
     /// Wakes at each change of the set of holds.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
@@ -227,6 +234,9 @@ impl Activity {
         let mut inner = self.lock();
         let result = change(&mut inner);
         let sequence = inner.gate.ledger.sequence();
+        if inner.told != sequence {
+            (inner.told, inner.changed) = (sequence, Instant::now());
+        }
         drop(inner);
         self.changes.send_if_modified(|known| std::mem::replace(known, sequence) != sequence);
         result

@@ -116,6 +116,12 @@ impl Logs {
         Batch { lost, lines }
     }
 
+    /// Moves the lines together: they lie between what was freed since they were said, and keep its pages from being given back.
+    pub fn move_together(&self) {
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        ring.lines = ring.lines.iter().cloned().collect();
+    }
+
     /// Another one for each agent that starts.
     pub fn life(&self) -> &str {
         &self.life

@@ -324,7 +324,7 @@ impl Processes {
     /// [`ProcessError::Spawn`] and [`ProcessError::Group`]; nothing is left behind.
     pub fn start(
         self: &Arc<Self>,
-        spec: Spec,
+        mut spec: Spec,
         deadline: Option<Instant>,
     ) -> Result<(Arc<Process>, Reader), ProcessError> {
         let class = spec.terminal.map_or(HoldClass::Command, |_| HoldClass::Terminal);
@@ -352,6 +352,7 @@ impl Processes {
         hold.name_process(pid);
         let (tag, user, command) = (spec.tag.as_deref(), &spec.user.name, spec.name());
         tracing::info!(target: EACH_CALL, pid, tag, user, command, "process started");
+        spec.forget_start();
         let terminal = match &sources {
             spawn::Sources::Terminal(terminal) => Some(Arc::clone(terminal)),
             spawn::Sources::Pipes { .. } => None,
@@ -452,6 +453,9 @@ impl Processes {
             let mut table = processes.lock();
             if table.ended.get(&process.pid).is_some_and(|kept| Arc::ptr_eq(kept, &process)) {
                 table.ended.remove(&process.pid);
+            }
+            if table.ended.is_empty() {
+                table.ended.shrink_to_fit();
             }
         });
     }

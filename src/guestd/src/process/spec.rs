@@ -57,6 +57,13 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// Forgets what only the start needs: the rest is kept for as long as the process is remembered.
+    pub(super) fn forget_start(&mut self) {
+        self.argv = Vec::new();
+        self.environment = Vec::new();
+        self.candidates = Vec::new();
+    }
+
     /// Checks a start request.
     ///
     /// # Errors
