@@ -13,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use guestd_protocol::wire::filesystem::EventType;
 use nix::sys::inotify::{AddWatchFlags as Mask, InotifyEvent, WatchDescriptor};
@@ -26,8 +27,8 @@ use crate::filesystem::entry;
 use crate::filesystem::place::Place;
 use crate::identity::{Accounts, Names};
 
-/// How often a directory is looked for that is not where it should be; the passes are 20 ms apart.
-const TRIES: u32 = 10;
+/// How long a directory is looked for that is not where it should be. Clients that poll make many passes in that time.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Which watcher it is, inside the agent.
 pub(super) type Key = u64;
@@ -54,13 +55,13 @@ struct Moving {
     pass: u64,
 }
 
-/// A directory that came and was not found where it should be.
-#[derive(Debug)]
+/// A directory that came and was not found where it should be, or was met where the tree does not have it.
+#[derive(Clone, Debug)]
 struct Unreached {
     key: Key,
     parent: WatchDescriptor,
     name: OsString,
-    tries: u32,
+    since: Instant,
 }
 
 /// A directory that is to be looked at.
@@ -77,16 +78,16 @@ pub(super) enum Entered {
     New(WatchDescriptor, usize),
     /// The watcher has it already.
     Known(WatchDescriptor),
-    /// It is not to be watched: its parent is gone, it is a loop, or on a network.
+    /// The watcher has it under another name, which holds for now.
+    Elsewhere,
+    /// It is not to be watched: its parent is gone, or it is on a network.
     Not,
 }
 
 /// What is left to do after a pass.
 #[derive(Debug, Default)]
 pub(super) struct Pass {
-    /// The kernel had more than its queue holds: pass again.
-    pub(super) more: bool,
-    /// Another pass, a little later, decides about directories that were moved meanwhile.
+    /// Another pass, a little later, decides about directories that were moved meanwhile, or goes on.
     pub(super) unsettled: bool,
     /// Watchers whose trees must be walked again: some directories may be new.
     pub(super) stale: Vec<Key>,
@@ -103,6 +104,8 @@ pub(super) struct Engine {
     moving: Vec<Moving>,
     /// Directories that came while those above them had other names than the events so far tell.
     unreached: Vec<Unreached>,
+    /// What was heard from below directories that are being moved.
+    late: Vec<(Key, InotifyEvent)>,
     stale: Vec<Key>,
     pass: u64,
     /// Names of owners, read once in a pass.
@@ -121,6 +124,7 @@ impl Engine {
             last_key: 0,
             moving: Vec::new(),
             unreached: Vec::new(),
+            late: Vec::new(),
             stale: Vec::new(),
             pass: 0,
             names: None,
@@ -147,6 +151,7 @@ impl Engine {
         self.owners = HashMap::new();
         self.moving.clear();
         self.unreached.clear();
+        self.late.clear();
         self.stale.clear();
     }
 
@@ -234,29 +239,21 @@ impl Engine {
         total
     }
 
-    /// Works through everything that the kernel has queued by now.
+    /// Works through everything that the kernel has queued by now. It ends, however much goes on meanwhile.
     pub(super) fn pass(&mut self) -> Pass {
-        let limit = self.kernel.as_ref().map_or(0, |kernel| kernel.queue_limit + 1);
+        let queue = self.kernel.as_ref().map_or(0, |kernel| kernel.queue_limit + 1);
+        let mut budget = self.pending.len() + queue;
         self.pass += 1;
-        let mut read = 0;
-        let mut more = false;
         let mut reached = false;
-        loop {
+        while budget > 0 {
             if let Some(event) = self.pending.pop_front() {
                 self.process(&event);
-                continue;
-            }
-            if read > limit {
-                more = true;
-                break;
-            }
-            match self.fill() {
-                0 if reached => break,
-                0 => {
-                    reached = true;
-                    self.reach();
+                budget -= 1;
+            } else if self.fill() == 0 {
+                if std::mem::replace(&mut reached, true) {
+                    break;
                 }
-                count => read += count,
+                self.reach();
             }
         }
         // Both halves of a move are queued in one go, so what an earlier pass saw leave has left the tree.
@@ -266,9 +263,16 @@ impl Engine {
         for moving in left {
             self.release(moving.key, moving.watch);
         }
+        if self.moving.is_empty() {
+            self.late.clear();
+        }
         self.names = None;
-        let unsettled = !self.moving.is_empty() || !self.unreached.is_empty();
-        Pass { more, unsettled, stale: std::mem::take(&mut self.stale) }
+        Pass { unsettled: self.is_unsettled() || budget == 0, stale: std::mem::take(&mut self.stale) }
+    }
+
+    /// Whether another pass has something to do although nothing happens.
+    pub(super) fn is_unsettled(&self) -> bool {
+        !self.moving.is_empty() || !self.unreached.is_empty()
     }
 
     fn process(&mut self, event: &InotifyEvent) {
@@ -277,19 +281,38 @@ impl Engine {
         }
         let Some(keys) = self.owners.get(&event.wd).cloned() else { return };
         for key in keys {
-            match &event.name {
-                Some(name) if event.mask.contains(Mask::IN_ISDIR) => self.tell_directory(key, event, name),
-                Some(name) => {
-                    if let Some(path) = self.path(key, event.wd, name) {
-                        self.tell(key, &path, event.mask);
-                    }
+            self.process_for(key, event);
+        }
+    }
+
+    fn process_for(&mut self, key: Key, event: &InotifyEvent) {
+        match &event.name {
+            Some(name) => match self.path(key, event.wd, name) {
+                Some(path) if event.mask.contains(Mask::IN_ISDIR) => {
+                    self.tell_directory(key, event, name, &path);
                 }
-                None if self.is_root(key, event.wd) => self.tell(key, Path::new("."), event.mask),
-                // Its parent says the same with its name.
-                None => {}
-            }
-            if event.mask.contains(Mask::IN_IGNORED) {
-                self.release(key, event.wd);
+                Some(path) => self.tell(key, &path, event.mask),
+                // Somebody was at work below a directory between the two halves of its move.
+                None if self.late.len() < PENDING_LIMIT => {
+                    let InotifyEvent { wd, mask, cookie, .. } = *event;
+                    self.late.push((key, InotifyEvent { wd, mask, cookie, name: Some(name.clone()) }));
+                }
+                None => self.lose(key, "too much happened in a directory that was being moved"),
+            },
+            None if self.is_root(key, event.wd) => self.tell(key, Path::new("."), event.mask),
+            // Its parent says the same with its name.
+            None => {}
+        }
+        if event.mask.contains(Mask::IN_IGNORED) {
+            self.release(key, event.wd);
+        }
+    }
+
+    /// Tells what was heard from below directories while they had no name.
+    fn tell_late(&mut self) {
+        for (key, event) in std::mem::take(&mut self.late) {
+            if self.owners.get(&event.wd).is_some_and(|keys| keys.contains(&key)) {
+                self.process_for(key, &event);
             }
         }
     }
@@ -312,12 +335,11 @@ impl Engine {
     }
 
     /// Something happened to a directory in a watched one.
-    fn tell_directory(&mut self, key: Key, event: &InotifyEvent, name: &OsStr) {
-        let Some(path) = self.path(key, event.wd, name) else { return };
+    fn tell_directory(&mut self, key: Key, event: &InotifyEvent, name: &OsStr, path: &Path) {
         let Some(watcher) = self.watchers.get_mut(&key) else { return };
         let known = watcher.tree.child(event.wd, name);
         if !watcher.spec.options.recursive {
-            return self.tell(key, &path, event.mask);
+            return self.tell(key, path, event.mask);
         }
         if event.mask.contains(Mask::IN_MOVED_FROM) {
             if let Some(watch) = known {
@@ -329,19 +351,15 @@ impl Engine {
                 self.release(key, watch);
             }
         } else if event.mask.intersects(Mask::IN_CREATE | Mask::IN_MOVED_TO) {
-            return self.tell_arrival(key, event, name, &path);
+            return self.tell_arrival(key, event, name, path);
         }
-        self.tell(key, &path, event.mask);
+        self.tell(key, path, event.mask);
     }
 
     fn tell_arrival(&mut self, key: Key, event: &InotifyEvent, name: &OsStr, path: &Path) {
-        let opened = self.open(key, event.wd, name, 0);
-        let Some(watcher) = self.watchers.get_mut(&key) else { return };
-        let tree = &mut watcher.tree;
-        let known = tree.child(event.wd, name).filter(|watch| {
-            opened.as_ref().is_some_and(|directory| tree.identity(*watch) == Some(directory.identity))
-        });
-        if event.mask.contains(Mask::IN_CREATE) && known.is_some() {
+        let opened = self.open(key, event.wd, name, Instant::now());
+        let known = self.is_at(key, event.wd, name, opened.as_ref());
+        if event.mask.contains(Mask::IN_CREATE) && known {
             // A listing has shown it, and it was told.
             return;
         }
@@ -349,69 +367,92 @@ impl Engine {
         let moved = self.moving.iter().position(|m| m.cookie == cookie && m.key == key && event.cookie != 0);
         let moved = moved.map(|index| self.moving.swap_remove(index).watch);
         self.tell(key, path, event.mask);
-        let Some(directory) = opened else {
-            if let Some(watch) = moved {
-                self.release(key, watch);
-            }
-            return;
-        };
-        if known.is_some() {
-            return;
-        }
-        if let Some(watch) = moved {
-            let tree = self.watchers.get_mut(&key).map(|watcher| &mut watcher.tree);
-            if tree.as_ref().and_then(|tree| tree.identity(watch)) == Some(directory.identity) {
-                // Moved within the tree: its watches go on under the new name.
-                if let Some(displaced) = tree.and_then(|tree| tree.child(event.wd, name)) {
+        let Some(watcher) = self.watchers.get(&key) else { return };
+        let identity = moved.and_then(|watch| watcher.tree.identity(watch));
+        match moved {
+            // Moved within the tree: its watches go on under the new name. One that has gone on since is heard of again.
+            Some(watch) if opened.as_ref().is_none_or(|directory| identity == Some(directory.identity)) => {
+                if let Some(displaced) = watcher.tree.child(event.wd, name) {
                     self.release(key, displaced);
                 }
                 if let Some(watcher) = self.watchers.get_mut(&key) {
                     watcher.tree.attach(watch, event.wd, name);
                 }
-                return;
+                return self.tell_late();
             }
-            // By now something else has its name.
-            self.release(key, watch);
+            // What left was another one, which the events to come will find; by now this one has its name.
+            Some(watch) => self.release(key, watch),
+            None => {}
         }
-        self.appear(key, event.wd, name, directory);
+        if let Some(directory) = opened.filter(|_| !known) {
+            let is_elsewhere = self.appear(key, event.wd, name, directory);
+            if is_elsewhere {
+                self.look_again(key, event.wd, name, Instant::now());
+            }
+        }
+    }
+
+    /// Whether the tree has this directory under this name.
+    fn is_at(&self, key: Key, parent: WatchDescriptor, name: &OsStr, directory: Option<&Directory>) -> bool {
+        let (Some(watcher), Some(directory)) = (self.watchers.get(&key), directory) else { return false };
+        let identity = watcher.tree.child(parent, name).and_then(|watch| watcher.tree.identity(watch));
+        identity == Some(directory.identity)
     }
 
     /// The directory of this name in a watched one; None when there is none any more, or when it cannot be reached yet.
-    fn open(&mut self, key: Key, parent: WatchDescriptor, name: &OsStr, tries: u32) -> Option<Directory> {
+    fn open(&mut self, key: Key, parent: WatchDescriptor, name: &OsStr, since: Instant) -> Option<Directory> {
         let Watcher { spec, tree, .. } = self.watchers.get(&key)?;
         let root = tree.root().and_then(|root| tree.identity(root))?;
-        let above = tree.path(parent)?;
-        let found = match spec.open(root, &above) {
+        let wanted = tree.identity(parent)?;
+        let above = tree.path(parent);
+        let found = match above.as_ref().map(|above| spec.open(root, above)) {
             // Only the directory that the event came from will do, and it may have moved since.
-            Ok(directory) if tree.identity(parent) == Some(directory.identity) => Some(directory),
-            Err(error) if !is_passing(&error) => return self.passing(key, &above.join(name), Err(error)),
+            Some(Ok(directory)) if directory.identity == wanted => Some(directory),
+            Some(Err(error)) if !is_passing(&error) => {
+                return self.passing(key, &above?.join(name), Err(error));
+            }
             _ => None,
         };
         match found {
             Some(directory) => {
                 let opened = spec.look(|| directory.child(name));
-                self.passing(key, &above.join(name), opened)
+                self.passing(key, &above?.join(name), opened)
             }
-            None if tries < TRIES => {
-                self.unreached.push(Unreached { key, parent, name: name.to_owned(), tries: tries + 1 });
+            None if since.elapsed() < PATIENCE => {
+                self.look_again(key, parent, name, since);
                 None
             }
             None => {
-                let error = io::Error::other("it is not where it was said to be");
-                self.passing(key, &above.join(name), Err(error))
+                // A walk finds it, wherever it is.
+                self.lose(key, "directories are moved faster than they can be followed");
+                if !self.stale.contains(&key) {
+                    self.stale.push(key);
+                }
+                None
             }
+        }
+    }
+
+    /// Leaves a directory for when all that was queued is heard, and names are right.
+    pub(super) fn look_again(&mut self, key: Key, parent: WatchDescriptor, name: &OsStr, since: Instant) {
+        if self.unreached.len() < DIRECTORY_LIMIT {
+            self.unreached.push(Unreached { key, parent, name: name.to_owned(), since });
+        } else if !self.stale.contains(&key) {
+            self.stale.push(key);
         }
     }
 
     /// Looks again for the directories that could not be reached: by now all that was queued is heard, and names are right.
     fn reach(&mut self) {
-        for Unreached { key, parent, name, tries } in std::mem::take(&mut self.unreached) {
-            let known = |watcher: &Watcher| watcher.tree.child(parent, &name).is_some();
-            if self.watchers.get(&key).is_none_or(known) {
+        for Unreached { key, parent, name, since } in std::mem::take(&mut self.unreached) {
+            let Some(directory) = self.open(key, parent, &name, since) else { continue };
+            if self.is_at(key, parent, &name, Some(&directory)) {
                 continue;
             }
-            if let Some(directory) = self.open(key, parent, &name, tries) {
-                self.appear(key, parent, &name, directory);
+            let is_elsewhere = self.appear(key, parent, &name, directory);
+            // If nothing has happened since all was heard, it is a mount; else its name may be wrong still.
+            if is_elsewhere && self.fill() > 0 && since.elapsed() < PATIENCE {
+                self.look_again(key, parent, &name, since);
             }
         }
     }
@@ -430,18 +471,28 @@ impl Engine {
         None
     }
 
-    /// Watches a directory that came, and what is in it.
-    fn appear(&mut self, key: Key, parent: WatchDescriptor, name: &OsStr, directory: Directory) {
+    /// Watches a directory that came, and what is in it. Says whether nothing was done, because the tree has it elsewhere.
+    pub(super) fn appear(
+        &mut self,
+        key: Key,
+        parent: WatchDescriptor,
+        name: &OsStr,
+        directory: Directory,
+    ) -> bool {
         let mut visits = Vec::new();
-        self.arrive(key, parent, name, directory, &mut visits);
+        let is_elsewhere = self.arrive(key, parent, name, directory, &mut visits);
         while let Some(visit) = visits.pop() {
             let opened = visit.within.child(&visit.name);
-            if let Some(directory) = self.passing(key, Path::new(&visit.name), opened) {
-                self.arrive(key, visit.parent, &visit.name, directory, &mut visits);
+            if let Some(directory) = self.passing(key, Path::new(&visit.name), opened)
+                && self.arrive(key, visit.parent, &visit.name, directory, &mut visits)
+            {
+                self.look_again(key, visit.parent, &visit.name, Instant::now());
             }
         }
+        is_elsewhere
     }
 
+    /// Says whether the tree has it elsewhere.
     fn arrive(
         &mut self,
         key: Key,
@@ -449,17 +500,25 @@ impl Engine {
         name: &OsStr,
         directory: Directory,
         visits: &mut Vec<Visit>,
+    ) -> bool {
+        match self.enter(key, parent, name, &directory) {
+            Ok(Entered::New(watch, from)) => self.list(key, watch, from, directory, visits),
+            Ok(Entered::Elsewhere) => return true,
+            Ok(Entered::Known(_) | Entered::Not) => {}
+            Err(error) => self.lose(key, &error.to_string()),
+        }
+        false
+    }
+
+    /// Tells what is in a new directory, if the events to come do not.
+    fn list(
+        &mut self,
+        key: Key,
+        watch: WatchDescriptor,
+        from: usize,
+        directory: Directory,
+        visits: &mut Vec<Visit>,
     ) {
-        let (watch, from) = match self.enter(key, parent, name, &directory) {
-            Ok(Entered::New(watch, from)) => (watch, from),
-            Ok(Entered::Known(_) | Entered::Not) => return,
-            Err(error) => {
-                if let Some(watcher) = self.watchers.get(&key) {
-                    watcher.outbox.lose(&error.to_string());
-                }
-                return;
-            }
-        };
         let Some(watcher) = self.watchers.get(&key) else { return };
         let Some(path) = watcher.tree.path(watch) else { return };
         let files = if watcher.outbox.has_lost() { 0 } else { EVENT_LIMIT + 1 };
@@ -529,9 +588,10 @@ impl Engine {
         }
         if tree.contains(watch) {
             if tree.is_within(parent, watch) || is_still_there(spec, tree, watch, directory.identity) {
-                // A mount shows the same directory twice: its first name stays.
+                // Either a mount shows the same directory twice, and its first name stays; or it has just come here, and the events
+                // that say so are still to come.
                 tree.see(watch);
-                return Ok(Entered::Not);
+                return Ok(Entered::Elsewhere);
             }
             // It moved, and not all that happened in it meanwhile was heard with a name: it begins anew.
             self.moving.retain(|moving| moving.key != key || moving.watch != watch);
@@ -587,17 +647,17 @@ impl Engine {
         }
     }
 
-    /// Begins to walk a watcher's tree again: where it is, and its root.
-    pub(super) fn begin_walk(&mut self, key: Key) -> Option<(Spec, Identity, WatchDescriptor)> {
+    /// Begins to walk a watcher's tree again: where it is, its root, and which walk it is.
+    pub(super) fn begin_walk(&mut self, key: Key) -> Option<(Spec, Identity, WatchDescriptor, u32)> {
         let watcher = self.watchers.get_mut(&key)?;
         let root = watcher.tree.root()?;
-        watcher.tree.begin_walk();
-        Some((watcher.spec.clone(), watcher.tree.identity(root)?, root))
+        let walk = watcher.tree.begin_walk();
+        Some((watcher.spec.clone(), watcher.tree.identity(root)?, root, walk))
     }
 
-    /// Forgets the directories that a walk did not meet.
-    pub(super) fn end_walk(&mut self, key: Key) {
-        let unseen = self.watchers.get(&key).map(|watcher| watcher.tree.unseen()).unwrap_or_default();
+    /// Forgets the directories that a walk did not meet. A later walk that has begun meanwhile does so in its stead.
+    pub(super) fn end_walk(&mut self, key: Key, walk: u32) {
+        let unseen = self.watchers.get(&key).map(|watcher| watcher.tree.unseen(walk)).unwrap_or_default();
         for watch in unseen {
             self.release(key, watch);
         }
@@ -606,6 +666,24 @@ impl Engine {
     pub(super) fn lose(&self, key: Key, reason: &str) {
         if let Some(watcher) = self.watchers.get(&key) {
             watcher.outbox.lose(reason);
+        }
+    }
+
+    /// The only watcher, and a directory in its root.
+    #[cfg(test)]
+    pub(super) fn first_child(&self, name: &str) -> (Key, WatchDescriptor) {
+        let (key, watcher) = self.watchers.iter().next().unwrap();
+        let root = watcher.tree.root().unwrap();
+        (*key, watcher.tree.child(root, name.as_ref()).unwrap())
+    }
+
+    /// A pass that is interrupted after so many events.
+    #[cfg(test)]
+    pub(super) fn step(&mut self, events: usize) {
+        self.fill();
+        for _ in 0..events {
+            let event = self.pending.pop_front().unwrap();
+            self.process(&event);
         }
     }
 

@@ -185,7 +185,7 @@ impl Watchers {
         };
         if recursive {
             let key = watch.key;
-            blocking(move || walk::walk(&shared.engine, key)).await?;
+            blocking(move || shared.walk(key)).await?;
         }
         Ok(watch)
     }
@@ -193,33 +193,37 @@ impl Watchers {
 
 impl Shared {
     /// Hears everything that has happened by now.
-    async fn catch_up(&self) {
-        loop {
-            let mut engine = Arc::clone(&self.engine).lock_owned().await;
-            let passed = blocking(move || Ok(engine.pass())).await;
-            let Ok(pass) = passed else { return };
-            let more = pass.more;
+    async fn catch_up(self: &Arc<Self>) {
+        let mut engine = Arc::clone(&self.engine).lock_owned().await;
+        let passed = blocking(move || Ok(engine.pass())).await;
+        if let Ok(pass) = passed {
             self.follow_up(pass).await;
-            if !more {
-                return;
-            }
         }
     }
 
-    async fn follow_up(&self, pass: engine::Pass) {
+    async fn follow_up(self: &Arc<Self>, pass: engine::Pass) {
         if pass.unsettled {
             self.unsettled.notify_one();
         }
         for key in pass.stale {
-            let engine = Arc::clone(&self.engine);
+            let shared = Arc::clone(self);
             let walked = blocking(move || {
-                if let Err(error) = walk::walk(&engine, key) {
-                    engine.blocking_lock().lose(key, &error.to_string());
+                if let Err(error) = shared.walk(key) {
+                    shared.engine.blocking_lock().lose(key, &error.to_string());
                 }
                 Ok(())
             });
             let _stopped = walked.await;
         }
+    }
+
+    /// Walks through a watcher's whole tree. Blocking.
+    fn walk(&self, key: Key) -> Result<(), WatchError> {
+        let walked = walk::walk(&self.engine, key);
+        if self.engine.blocking_lock().is_unsettled() {
+            self.unsettled.notify_one();
+        }
+        walked
     }
 
     /// Starts the task that waits for the kernel.

@@ -510,6 +510,71 @@ async fn an_id_is_a_letter_and_twenty_random_ones() {
     }
 }
 
+/// What a pass sees when two moves come between its look at a directory and the kernel's watch on it: the tree has the directory below
+/// one that is, by then, within it.
+#[tokio::test]
+async fn a_directory_that_moved_into_its_own_child_before_that_was_watched_is_found_again() {
+    let fixture = Fixture::new();
+    let root = &fixture.root;
+    fs::create_dir(root.join("a")).unwrap();
+    let id = fixture.create(true).await;
+    {
+        let mut engine = fixture.watchers.shared.engine.lock().await;
+        let (key, a) = engine.first_child("a");
+        fs::create_dir(root.join("a/n")).unwrap();
+        let n = super::directory::Directory::root(&root.join("a/n")).unwrap();
+        fs::rename(root.join("a/n"), root.join("n")).unwrap();
+        fs::rename(root.join("a"), root.join("n/a")).unwrap();
+        engine.appear(key, a, "n".as_ref(), n);
+    }
+    fixture.events(&id).await;
+    fixture.settled(3).await;
+    fs::write(root.join("n/a/f"), "").unwrap();
+    assert_eq!(fixture.events(&id).await, ["CREATE n/a/f"]);
+}
+
+#[tokio::test]
+async fn a_directory_that_was_taken_for_one_that_moved_is_not_watched_after_it_left() {
+    let fixture = Fixture::new();
+    let (root, outside) = (&fixture.root, fixture.base.path());
+    for directory in ["p", "q", "b"] {
+        fs::create_dir(root.join(directory)).unwrap();
+    }
+    let id = fixture.create(true).await;
+    // Each event meets a disk that is ahead of it.
+    fs::create_dir(root.join("q/y")).unwrap();
+    fs::create_dir(root.join("p/x")).unwrap();
+    fs::rename(root.join("p/x"), root.join("q/y")).unwrap();
+    fs::create_dir(root.join("p/x")).unwrap();
+    fixture.watchers.shared.engine.lock().await.step(2);
+    fs::rename(root.join("p/x"), outside.join("x")).unwrap();
+    fixture.events(&id).await;
+    fixture.settled(5).await;
+    fs::write(root.join("q/y/f"), "").unwrap();
+    assert_eq!(fixture.events(&id).await, ["CREATE q/y/f"]);
+}
+
+#[tokio::test]
+async fn a_flood_does_not_keep_a_poll_from_ending() {
+    let fixture = Fixture::new();
+    let id = fixture.create(true).await;
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (root, stopped) = (fixture.root.clone(), Arc::clone(&stop));
+    let flood = std::thread::spawn(move || {
+        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            let _ = fs::create_dir(root.join("d"));
+            let _ = fs::write(root.join("d/f"), "x");
+            let _ = fs::remove_dir_all(root.join("d"));
+        }
+    });
+    for _ in 0..20 {
+        let polled = tokio::time::timeout(Duration::from_secs(20), fixture.watchers.events(&id)).await;
+        let _some_were_lost = polled.unwrap();
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    flood.join().unwrap();
+}
+
 /// Random numbers that come again with the same seed.
 struct Dice(u64);
 

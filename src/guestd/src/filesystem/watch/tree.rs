@@ -123,12 +123,16 @@ impl Tree {
         }
     }
 
-    /// Puts a detached directory somewhere. Nothing may be there.
+    /// Puts a detached directory somewhere. Nothing may be there. A walk that has passed there counts all of it as seen.
     pub(super) fn attach(&mut self, watch: WatchDescriptor, parent: WatchDescriptor, name: &OsStr) {
         if let Some(node) = self.nodes.get_mut(&watch) {
             node.parent = Some(parent);
             node.name = name.to_owned();
+        }
+        let mut left = vec![watch];
+        while let Some(node) = left.pop().and_then(|watch| self.nodes.get_mut(&watch)) {
             node.walk = self.walk;
+            left.extend(node.children.values());
         }
         if let Some(parent) = self.nodes.get_mut(&parent) {
             parent.children.insert(name.to_owned(), watch);
@@ -152,13 +156,14 @@ impl Tree {
         removed
     }
 
-    /// Begins to look at the whole tree again; see [`Tree::unseen`].
-    pub(super) fn begin_walk(&mut self) {
+    /// Begins to look at the whole tree again; see [`Tree::unseen`]. Says which walk it is.
+    pub(super) fn begin_walk(&mut self) -> u32 {
         self.walk += 1;
         let (root, walk) = (self.root, self.walk);
         if let Some(root) = root.and_then(|root| self.nodes.get_mut(&root)) {
             root.walk = walk;
         }
+        walk
     }
 
     pub(super) fn see(&mut self, watch: WatchDescriptor) {
@@ -167,9 +172,9 @@ impl Tree {
         }
     }
 
-    /// What the walk did not meet: it is not there any more.
-    pub(super) fn unseen(&self) -> Vec<WatchDescriptor> {
-        let nodes = self.nodes.iter().filter(|(_, node)| node.walk != self.walk);
+    /// What this walk did not meet: it is not there any more. Nothing when another walk has begun since.
+    pub(super) fn unseen(&self, walk: u32) -> Vec<WatchDescriptor> {
+        let nodes = self.nodes.iter().filter(|(_, node)| walk == self.walk && node.walk != walk);
         nodes.map(|(watch, _)| *watch).collect()
     }
 }

@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::rc::Rc;
+use std::time::Instant;
 
 use nix::sys::inotify::WatchDescriptor;
 use tokio::sync::Mutex;
@@ -23,7 +24,7 @@ struct Visit {
 /// # Errors
 /// The limits of watchers and of the kernel, or a directory that cannot be read although it is there.
 pub(super) fn walk(engine: &Mutex<Engine>, key: Key) -> Result<(), WatchError> {
-    let Some((spec, identity, watch)) = engine.blocking_lock().begin_walk(key) else { return Ok(()) };
+    let Some((spec, identity, watch, number)) = engine.blocking_lock().begin_walk(key) else { return Ok(()) };
     let unreadable = |source| WatchError::io(&spec.path, source);
     let root = spec.open(identity, "".as_ref()).map_err(unreadable)?;
     let mut visits = Vec::new();
@@ -46,11 +47,16 @@ pub(super) fn walk(engine: &Mutex<Engine>, key: Key) -> Result<(), WatchError> {
             Err(error) if is_passing(&error) => continue,
             opened => opened.map_err(unreadable)?,
         };
-        let entered = engine.blocking_lock().enter(key, visit.parent, &visit.name, &directory)?;
-        if let Entered::New(watch, _) | Entered::Known(watch) = entered {
-            push(directory, watch, &mut visits)?;
+        let mut engine = engine.blocking_lock();
+        match engine.enter(key, visit.parent, &visit.name, &directory)? {
+            Entered::New(watch, _) | Entered::Known(watch) => {
+                drop(engine);
+                push(directory, watch, &mut visits)?;
+            }
+            Entered::Elsewhere => engine.look_again(key, visit.parent, &visit.name, Instant::now()),
+            Entered::Not => {}
         }
     }
-    engine.blocking_lock().end_walk(key);
+    engine.blocking_lock().end_walk(key, number);
     Ok(())
 }
