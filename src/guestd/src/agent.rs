@@ -130,6 +130,11 @@ fn activity(resumed: Option<&mut Resumed>) -> Arc<Activity> {
     }
 }
 
+/// All services without a door: for who brings requests some other way. Each needs a [`Peer`](crate::access::Peer) in its extensions.
+pub fn router(config: &Config, logs: Arc<Logs>) -> Router {
+    build(config, logs).router
+}
+
 /// The capabilities and the router in front of them.
 fn build(config: &Config, logs: Arc<Logs>, mut resumed: Option<&mut Resumed>) -> Built {
     let accounts = Arc::new(Accounts::new(Path::new("/")));

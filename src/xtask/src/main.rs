@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod deps;
+mod fuzz;
 mod image;
 mod lint;
 mod python;
@@ -41,6 +42,8 @@ enum Command {
     /// One floor of `bench`, in a process of its own
     #[command(hide = true)]
     BenchFloor(bench::FloorOptions),
+    /// Look for inputs that crash, hang or grow the agent
+    Fuzz(fuzz::Options),
     /// Check formatting, lints and dependencies
     Lint,
     /// Install what the other commands need
@@ -64,6 +67,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::BenchFloor(options) => bench::run_floor(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Lint => lint::run(),
         Command::Deps(options) => deps::run(&options),
     }
