@@ -567,7 +567,7 @@ async fn a_flood_does_not_keep_a_poll_from_ending() {
             let _ = fs::remove_dir_all(root.join("d"));
         }
     });
-    for _ in 0..20 {
+    for _ in 0..3 {
         let polled = tokio::time::timeout(Duration::from_secs(20), fixture.watchers.events(&id)).await;
         let _some_were_lost = polled.unwrap();
     }
