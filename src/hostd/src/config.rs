@@ -164,6 +164,12 @@ pub struct Serve {
     /// How many sandboxes may be alive at once.
     #[arg(long, env = "HOSTD_MAX_SANDBOXES", default_value_t = 1000)]
     pub max_sandboxes: usize,
+    /// The template of the sandboxes that the Deno SDKs create.
+    #[arg(long, env = "HOSTD_DENO_TEMPLATE", default_value = "base")]
+    pub deno_template: String,
+    /// Seconds of silence after which the client of a Deno session counts as gone.
+    #[arg(long, env = "HOSTD_DENO_LIVENESS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(2..=3600))]
+    pub deno_liveness: u64,
     /// How long `guestd busy` and other inhibitors may hold a sandbox in all, in seconds. Never past the maximum lifetime.
     #[arg(long, env = "HOSTD_INHIBITOR_BUDGET", default_value_t = 3600)]
     pub inhibitor_budget: u64,
@@ -200,6 +206,13 @@ impl Serve {
     pub fn limits(&self) -> Limits {
         let max_lifetime = Duration::from_secs(self.max_lifetime);
         Limits { idle_floor: Duration::from_secs(self.idle_floor), max_lifetime, ..Limits::default() }
+    }
+
+    pub fn deno(&self) -> crate::deno::Settings {
+        crate::deno::Settings {
+            template: self.deno_template.clone(),
+            liveness: Duration::from_secs(self.deno_liveness),
+        }
     }
 
     pub fn aliases(&self) -> BTreeMap<String, String> {

@@ -32,6 +32,28 @@ pub fn sandbox_id() -> io::Result<String> {
     Ok(id)
 }
 
+/// The region in the ids of Deno sandboxes; there is one.
+pub const DENO_REGION: &str = "ord";
+
+/// Digits and letters without those that look like others. 32: a byte's lower bits choose evenly.
+const DENO_LETTERS: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+
+/// An id that the Deno SDKs take: `sbx_<region>_` and 20 of [0-9a-hjkmnp-z] (contract: deno.md section 2.3).
+///
+/// # Errors
+/// When the system has no randomness.
+pub fn deno_sandbox_id() -> io::Result<String> {
+    let mut bytes = [0; ID_LENGTH];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    let letter = |byte: &u8| char::from(DENO_LETTERS[usize::from(byte % 32)]);
+    Ok(format!("sbx_{DENO_REGION}_{}", bytes.iter().map(letter).collect::<String>()))
+}
+
+/// Whether the Deno front door created it.
+pub fn is_deno(id: &str) -> bool {
+    id.starts_with("sbx_")
+}
+
 /// The id without the client id that older SDKs append (`<id>-<clientID>`); None when it is no id.
 pub fn normalise(given: &str) -> Option<&str> {
     let id = match given.split_once('-') {
@@ -39,8 +61,9 @@ pub fn normalise(given: &str) -> Option<&str> {
         Some((id, rest)) if !rest.contains('-') => id,
         Some(_) => return None,
     };
-    let valid =
-        !id.is_empty() && id.len() <= 64 && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    let valid = !id.is_empty()
+        && id.len() <= 64
+        && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
     valid.then_some(id)
 }
 
@@ -54,6 +77,18 @@ mod tests {
         assert_eq!(id.len(), 21);
         assert_eq!(normalise(&id), Some(id.as_str()));
         assert_eq!(normalise(&format!("{id}-6532622b")), Some(id.as_str()));
+    }
+
+    #[test]
+    fn a_deno_id_has_the_form_that_its_sdk_checks() {
+        let id = deno_sandbox_id().unwrap();
+        let letters = id.strip_prefix("sbx_ord_").unwrap();
+        assert_eq!(letters.len(), 20);
+        assert!(
+            letters.bytes().all(|b| b.is_ascii_digit() || (b.is_ascii_lowercase() && !b"ilo".contains(&b)))
+        );
+        assert_eq!(normalise(&id), Some(id.as_str()));
+        assert!(is_deno(&id) && !is_deno(&sandbox_id().unwrap()));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod api;
 mod clock;
 mod config;
+mod deno;
 mod explain_command;
 mod ids;
 mod lifetime;

@@ -18,7 +18,7 @@ use crate::runtime::qemu::{Accelerator, LinkDevice, Qemu, measure_tsc_khz};
 use crate::runtime::simulated::Simulated;
 use crate::runtime::{Images, Runtime, Size, kvm};
 use crate::store::Store;
-use crate::{listen, proxy};
+use crate::{deno, listen, proxy};
 
 /// How often old tombstones are looked for.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(60);
@@ -65,10 +65,12 @@ pub async fn serve(config: Serve) -> Result<()> {
     let sandboxes = Sandboxes::new(setup, store, Metrics::default());
     sandboxes.adopt().await.context("the records of an earlier run")?;
 
-    let keys = config.api_key.iter().filter(|key| !key.is_empty()).cloned().collect();
-    let api = Api { sandboxes: Arc::clone(&sandboxes), keys: Arc::new(keys) };
+    let keys: Arc<Vec<_>> = Arc::new(config.api_key.iter().filter(|key| !key.is_empty()).cloned().collect());
+    let door = deno::Door::new(Arc::clone(&sandboxes), Arc::clone(&keys), config.deno());
+    let api = Api { sandboxes: Arc::clone(&sandboxes), keys };
+    let control = api::router(api).nest("/api", deno::router(door));
     let (api_address, proxy_address) = (api_listener.local_addr()?, proxy_listener.local_addr()?);
-    tokio::spawn(listen::serve(api_listener, api::router(api)));
+    tokio::spawn(listen::serve(api_listener, control));
     tokio::spawn(listen::serve(proxy_listener, proxy::router(Arc::clone(&sandboxes))));
     tokio::spawn(expire(Arc::clone(&sandboxes)));
     let mut out = std::io::stdout();

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -95,20 +95,28 @@ async fn json_errors(response: Response) -> Response {
 async fn authorize(State(api): State<Api>, request: Request, next: Next) -> Response {
     // A page in a browser on this machine can send requests here, but not with a header of ours unless it asks first, which is refused.
     let headers = request.headers();
-    let keyless = !headers.contains_key("x-api-key") && !headers.contains_key("authorization");
-    if keyless && headers.contains_key("origin") {
+    if is_keyless_page(headers) {
         return ApiError::new(StatusCode::UNAUTHORIZED, "X-API-KEY: a request from a web page needs one")
             .into_response();
     }
-    if !api.keys.is_empty() && !has_key(&api.keys, &request) {
+    if !api.keys.is_empty() && !has_key(&api.keys, headers) {
         return ApiError::new(StatusCode::UNAUTHORIZED, "X-API-KEY: the API key is missing or wrong")
             .into_response();
     }
     next.run(request).await
 }
 
-fn has_key(keys: &[String], request: &Request) -> bool {
-    let headers = request.headers();
+fn is_keyless_page(headers: &HeaderMap) -> bool {
+    let keyless = !headers.contains_key("x-api-key") && !headers.contains_key("authorization");
+    keyless && headers.contains_key("origin")
+}
+
+/// Whether a request may be served: the rule of every door on this listener.
+pub fn is_allowed(keys: &[String], headers: &HeaderMap) -> bool {
+    !is_keyless_page(headers) && (keys.is_empty() || has_key(keys, headers))
+}
+
+fn has_key(keys: &[String], headers: &HeaderMap) -> bool {
     let key = headers.get("x-api-key").map(|value| value.as_bytes());
     let bearer = headers.get("authorization").and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     let given = [key, bearer];

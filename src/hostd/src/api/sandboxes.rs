@@ -1,11 +1,13 @@
 //! The calls that change something: create, connect, set timeout, kill.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 
+use guestd_idle::terms::Asked;
 use guestd_idle::{Lifetime, Moment, TermsError};
 
 use super::shapes::{Fields, SandboxBody};
@@ -13,7 +15,7 @@ use super::{Api, ApiError};
 use crate::clock;
 use crate::ids;
 use crate::lifetime::Sandbox;
-use crate::lifetime::create::CreateRequest;
+use crate::lifetime::create::{CreateError, CreateRequest};
 
 /// The lifetime that a connect without one asks for (contract: control-plane.md section 1.3).
 const CONNECT_SECONDS: i64 = 300;
@@ -61,11 +63,16 @@ pub(super) async fn create(
         return Err(ApiError::bad_request("autoPause: this host cannot pause sandboxes yet"));
     }
     fields.flag("secure")?;
+    let metadata = fields.strings("metadata")?;
+    let idle_timeout = metadata.get(guestd_idle::terms::IDLE_TIMEOUT_KEY).map(String::as_str);
+    let asked = Asked::parse(fields.seconds("timeout")?, idle_timeout, &api.sandboxes.setup.limits);
     let request = CreateRequest {
+        id: ids::sandbox_id().map_err(CreateError::from)?,
         template: template.to_owned(),
-        timeout: fields.seconds("timeout")?,
-        metadata: fields.strings("metadata")?,
+        asked: asked?,
         env_vars: fields.strings("envVars")?,
+        metadata,
+        labels: BTreeMap::new(),
     };
     let size: usize =
         request.metadata.iter().chain(&request.env_vars).map(|(name, value)| name.len() + value.len()).sum();

@@ -84,6 +84,7 @@ impl Sandboxes {
             end: Moment::from_nanos(record.end),
             last_end: Moment::from_nanos(record.last_end),
             idle_timeout: record.idle_timeout_ms.map(Duration::from_millis),
+            session: record.session_ms.map(Duration::from_millis),
         };
         let report = match tokio::time::timeout(REPORT_LIMIT, link.report()).await {
             Ok(Ok(report)) => GuestReport {
@@ -130,6 +131,7 @@ impl Sandboxes {
             id: record.id,
             template: record.template,
             metadata: record.metadata,
+            labels: record.labels,
             access_token: record.access_token,
             reason,
             detail: Some(detail),

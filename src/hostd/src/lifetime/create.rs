@@ -33,11 +33,13 @@ const TOKEN_BYTES: usize = 32;
 const DEFAULT_USER: &str = "user";
 
 /// What a create call asks for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CreateRequest {
+    pub id: String,
     pub template: String,
-    pub timeout: Option<i64>,
+    pub asked: Asked,
     pub metadata: BTreeMap<String, String>,
+    pub labels: BTreeMap<String, String>,
     pub env_vars: BTreeMap<String, String>,
 }
 
@@ -71,8 +73,6 @@ impl Sandboxes {
     /// # Errors
     /// What was wrong with the request, or why the sandbox did not come up; nothing is left behind.
     pub async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<Arc<Sandbox>, CreateError> {
-        let idle_timeout = request.metadata.get(guestd_idle::terms::IDLE_TIMEOUT_KEY);
-        let asked = Asked::parse(request.timeout, idle_timeout.map(String::as_str), &self.setup.limits)?;
         let settings = IdleSettings::parse(&request.metadata)?;
         let images = Arc::clone(&self.setup.images);
         let name = request.template.clone();
@@ -87,7 +87,7 @@ impl Sandboxes {
         let sandboxes = Arc::clone(self);
         let (answer, answered) = oneshot::channel();
         tokio::spawn(async move {
-            let brought = sandboxes.bring_up(request, asked, settings, image, place).await;
+            let brought = sandboxes.bring_up(request, settings, image, place).await;
             if let Err(Ok(sandbox)) = answer.send(brought) {
                 // Nobody knows its id: it would only take up room until its time is over.
                 sandbox.change(|lifetime| {
@@ -103,13 +103,13 @@ impl Sandboxes {
     async fn bring_up(
         self: Arc<Self>,
         request: CreateRequest,
-        asked: Asked,
         settings: IdleSettings,
         image: Image,
         place: OwnedSemaphorePermit,
     ) -> Result<Arc<Sandbox>, CreateError> {
         let begun = Instant::now();
-        let mut record = self.draft(request.template, &image, request.metadata)?;
+        let CreateRequest { id, template, asked, metadata, labels, env_vars } = request;
+        let mut record = self.draft(id, template, &image, metadata, labels)?;
         let id = record.id.clone();
         let boot = match tokio::time::timeout(QUEUE_LIMIT, self.boots.acquire()).await {
             Ok(Ok(boot)) => boot,
@@ -118,7 +118,7 @@ impl Sandboxes {
         };
         self.store.put(record.clone()).await?;
         let left = CREATE_LIMIT.saturating_sub(begun.elapsed());
-        let brought = self.boot(&mut record, asked, &settings, &image, request.env_vars, left).await;
+        let brought = self.boot(&mut record, asked, &settings, &image, env_vars, left).await;
         drop(boot);
         match brought {
             Ok((machine, link, lifetime)) => {
@@ -169,8 +169,8 @@ impl Sandboxes {
             record.started = terms.started.as_nanos();
             record.end = terms.end.as_nanos();
             record.last_end = terms.last_end.as_nanos();
-            record.idle_timeout_ms =
-                terms.idle_timeout.map(|length| u64::try_from(length.as_millis()).unwrap_or(u64::MAX));
+            record.idle_timeout_ms = terms.idle_timeout.map(super::millis);
+            record.session_ms = terms.session.map(super::millis);
             machine.set_deadline(terms.last_end)?;
             self.store.put(record.clone()).await?;
             let mut lifetime = Lifetime::new(terms, settings, 0, now);
@@ -252,13 +252,15 @@ impl Sandboxes {
 
     fn draft(
         &self,
+        id: String,
         asked: String,
         image: &Image,
         metadata: BTreeMap<String, String>,
+        labels: BTreeMap<String, String>,
     ) -> Result<Record, CreateError> {
         let size = self.setup.size;
         Ok(Record {
-            id: ids::sandbox_id()?,
+            id,
             stage: Stage::Creating,
             boot_id: clock::boot_id(),
             template: image.name.clone(),
@@ -267,11 +269,13 @@ impl Sandboxes {
             access_token: ids::random_hex(TOKEN_BYTES)?,
             control: ids::random_hex(TOKEN_BYTES)?,
             metadata,
+            labels,
             started_wall_ms: 0,
             started: 0,
             end: 0,
             last_end: 0,
             idle_timeout_ms: None,
+            session_ms: None,
             cpu_count: size.cpu_count,
             memory_mb: size.memory_mb,
             disk_mb: size.memory_mb / 2,

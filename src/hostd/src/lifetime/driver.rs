@@ -291,6 +291,7 @@ fn tombstone(sandbox: &Sandbox, reason: EndReason, detail: Option<String>) -> To
         id: sandbox.record.id.clone(),
         template: sandbox.record.template.clone(),
         metadata: sandbox.record.metadata.clone(),
+        labels: sandbox.record.labels.clone(),
         access_token: sandbox.record.access_token.clone(),
         reason,
         detail,

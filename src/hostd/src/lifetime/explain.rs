@@ -34,6 +34,9 @@ pub struct Explanation {
     /// The notice before the end that the sandbox asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice_s: Option<u64>,
+    /// A session's client counts as gone after this, unless it is heard of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_ends_in_s: Option<f64>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -95,6 +98,7 @@ pub fn live(sandbox: &Sandbox) -> Explanation {
         ended: None,
         policy: settings.policy.words(),
         notice_s: settings.notice.map(|notice| notice.as_secs()),
+        session_ends_in_s: lifetime.session_ends_in(now).map(|left| left.as_secs_f64()),
     }
 }
 
@@ -149,6 +153,7 @@ pub fn gone(tombstone: &Tombstone) -> Explanation {
     Explanation {
         policy: settings.policy.words(),
         notice_s: settings.notice.map(|notice| notice.as_secs()),
+        session_ends_in_s: None,
         sandbox_id: tombstone.id.clone(),
         state: "ended".to_owned(),
         idle_timeout_s: tombstone
@@ -196,6 +201,12 @@ pub fn describe(explanation: &Explanation) -> String {
                 .map_or("not while in use, or without an idle timeout".to_owned(), span);
             lines.push(format!("  releases in  {releases}"));
             lines.push(format!("  ends in      {}", span(explanation.ends_in_s)));
+            if let Some(left) = explanation.session_ends_in_s {
+                lines.push(format!(
+                    "  session      ends with its connection, or in {} of silence",
+                    span(left)
+                ));
+            }
             if !explanation.policy.is_empty() {
                 let words: Vec<_> =
                     explanation.policy.iter().map(|(class, word)| format!("{class}={word}")).collect();

@@ -41,6 +41,12 @@ pub struct Record {
     pub end: u64,
     pub last_end: u64,
     pub idle_timeout_ms: Option<u64>,
+    /// It ends with the connection that created it, or when nothing was heard from there for so long.
+    #[serde(default)]
+    pub session_ms: Option<u64>,
+    /// What the Deno front door's clients call it by.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     pub cpu_count: u32,
     pub memory_mb: u32,
     pub disk_mb: u32,
@@ -54,6 +60,8 @@ pub struct Tombstone {
     pub id: String,
     pub template: String,
     pub metadata: BTreeMap<String, String>,
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     /// So that a client which knows only its token gets the same answer as one that knows the id.
     pub access_token: String,
     pub reason: EndReason,
@@ -85,6 +93,8 @@ impl Record {
             end: 0,
             last_end: 0,
             idle_timeout_ms: None,
+            session_ms: None,
+            labels: BTreeMap::new(),
             cpu_count: 1,
             memory_mb: 512,
             disk_mb: 512,
@@ -100,6 +110,7 @@ impl Tombstone {
             id: id.to_owned(),
             template: "base".to_owned(),
             metadata: BTreeMap::new(),
+            labels: BTreeMap::new(),
             access_token: "t".to_owned(),
             reason: EndReason::Idle,
             detail: None,
