@@ -10,6 +10,7 @@ mod fuzz;
 mod image;
 mod lint;
 mod python;
+mod simulate;
 mod steps;
 mod supervisor;
 mod test;
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Options),
     /// Measure the promises of the design, each beside its floor
     Bench(bench::Options),
+    /// A thousand simulated guests under the real hostd: when is each released?
+    Simulate(simulate::Options),
     /// One floor of `bench`, in a process of its own
     #[command(hide = true)]
     BenchFloor(bench::FloorOptions),
@@ -66,6 +69,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Image(options) => image::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Simulate(options) => simulate::run(&options),
         Command::BenchFloor(options) => bench::run_floor(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Lint => lint::run(),

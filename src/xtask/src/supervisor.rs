@@ -100,6 +100,11 @@ impl Supervisor {
         }
     }
 
+    /// hostd's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until hostd ends by itself.
     pub fn wait(&mut self) -> Result<()> {
         let status = self.child.wait()?;

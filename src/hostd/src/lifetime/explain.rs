@@ -79,6 +79,15 @@ pub fn live(sandbox: &Sandbox) -> Explanation {
     let holds = holds(sandbox);
     let settings = IdleSettings::parse(&sandbox.record.metadata).unwrap_or_default();
     let lifetime = sandbox.lifetime();
+    // It may have ended a moment ago: who is told so is told why, though its tombstone is still being written.
+    let ended = lifetime.ended().map(|(reason, at)| EndView {
+        at: clock::rfc3339(clock::wall_ms_of(at)),
+        reason,
+        detail: None,
+        lived_s: at.since(lifetime.terms().started).as_secs_f64(),
+        idle_for_s: lifetime.idle_for(at).as_secs_f64(),
+        last_holds: holds.clone(),
+    });
     Explanation {
         sandbox_id: sandbox.record.id.clone(),
         state: lifetime.state_name().to_owned(),
@@ -95,7 +104,7 @@ pub fn live(sandbox: &Sandbox) -> Explanation {
             })
             .collect(),
         holds,
-        ended: None,
+        ended,
         policy: settings.policy.words(),
         notice_s: settings.notice.map(|notice| notice.as_secs()),
         session_ends_in_s: lifetime.session_ends_in(now).map(|left| left.as_secs_f64()),
