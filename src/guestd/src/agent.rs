@@ -132,7 +132,7 @@ fn activity(resumed: Option<&mut Resumed>) -> Arc<Activity> {
 
 /// All services without a door: for who brings requests some other way. Each needs a [`Peer`](crate::access::Peer) in its extensions.
 pub fn router(config: &Config, logs: Arc<Logs>) -> Router {
-    build(config, logs).router
+    build(config, logs, None).router
 }
 
 /// The capabilities and the router in front of them.

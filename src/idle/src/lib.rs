@@ -39,7 +39,7 @@
 //! 9. Silence is not idleness: a guest that does not answer is not released as idle, and one that was busy is kept to its hard end.
 //!    (`lifetime::tests::a_silent_guest_is_given_up_as_crashed`, `lifetime::tests::a_silent_guest_that_was_busy_is_kept_until_the_hard_end`)
 //! 10. What is only open is no use: classes that count by progress leave the idle clock running.
-//!    (`ledger::tests`, `policy::tests`)
+//!     (`ledger::tests`, `policy::tests`)
 //! 11. A caller who may not call leaves the idle clock as it was. (`ledger::tests`)
 //! 12. Inhibitors end with their time and with the budget, whichever is first. (`inhibitor::tests`)
 
