@@ -29,8 +29,34 @@ def run_node(source: str, environment: dict, within: float) -> str:
         return _run([node, str(script)], environment, within)
 
 
+def run_deno(source: str, environment: dict, within: float, arguments: tuple[str, ...] = ()) -> str:
+    """The same for a TypeScript program under the Deno runtime, which comes from its npm package."""
+    with tempfile.TemporaryDirectory(prefix="program-", dir="/tmp") as folder:
+        (Path(folder) / "node_modules").symlink_to(locations.node_modules())
+        script = Path(folder) / "program.ts"
+        script.write_text(source)
+        return _run([*deno(), *arguments, str(script)], {**deno_environment(folder), **environment}, within)
+
+
+def deno() -> list[str]:
+    """How to run a program that uses packages of `node_modules`."""
+    return [str(deno_binary()), "run", "--quiet", "--allow-all", "--node-modules-dir=manual"]
+
+
+def deno_binary() -> Path:
+    found = sorted((locations.node_modules() / "@deno").glob("linux-*/deno"))
+    assert found, "the deno runtime is not in node_modules: npm ci installs it"
+    return found[0]
+
+
+def deno_environment(folder: str) -> dict:
+    """Nothing of the user's, and nothing from the network."""
+    return {"DENO_DIR": f"{folder}/.deno", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+
+
 def _run(command: list[str], environment: dict, within: float) -> str:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("E2B_", "NOVITA_", "PPIO_"))}
+    vendors = ("E2B_", "NOVITA_", "PPIO_", "DENO_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(vendors)}
     done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, timeout=within)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

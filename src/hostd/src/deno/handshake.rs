@@ -11,10 +11,10 @@ use hyper::upgrade::OnUpgrade;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::Door;
-use super::config::CreateConfig;
+use super::config::{CreateConfig, Wish};
 use super::error::DoorError;
 use super::socket::{self, Guest, Socket};
+use super::{Coming, Door};
 use crate::clock;
 use crate::ids;
 use crate::lifetime::Sandbox;
@@ -31,23 +31,26 @@ const PATIENCE: Duration = Duration::from_secs(7);
 pub(super) type Boot = std::pin::Pin<Box<dyn Future<Output = Result<Arc<Sandbox>, CreateError>> + Send>>;
 
 /// A sandbox that boots while its client has its id already; dropping it wakes whoever waits for the boot.
-pub(super) struct Coming {
-    door: Arc<Door>,
+pub(super) struct Arrival {
+    pub(super) boot: Boot,
+    /// It is to outlive its client: the boot goes on when the client closes its socket meanwhile.
+    pub(super) lasting: bool,
+    coming: Coming,
     id: String,
     _waited_for: watch::Sender<()>,
 }
 
-impl Coming {
-    fn new(door: &Arc<Door>, id: &str) -> Self {
+impl Arrival {
+    pub(super) fn new(coming: &Coming, id: &str, boot: Boot, lasting: bool) -> Self {
         let (sender, receiver) = watch::channel(());
-        door.coming().insert(id.to_owned(), receiver);
-        Self { door: Arc::clone(door), id: id.to_owned(), _waited_for: sender }
+        coming.table().insert(id.to_owned(), receiver);
+        Self { boot, lasting, coming: coming.clone(), id: id.to_owned(), _waited_for: sender }
     }
 }
 
-impl Drop for Coming {
+impl Drop for Arrival {
     fn drop(&mut self) {
-        self.door.coming().remove(&self.id);
+        self.coming.table().remove(&self.id);
     }
 }
 
@@ -140,7 +143,9 @@ pub(super) async fn create(
     let guest = if agent.is_some_and(|agent| agent.contains("websockets")) {
         match tokio::time::timeout(PATIENCE, &mut boot).await {
             Ok(brought) => Guest::Ready(brought?),
-            Err(_elapsed) => Guest::Coming(boot, Coming::new(&door, &id)),
+            Err(_elapsed) => {
+                Guest::Coming(Arrival::new(&door.coming, &id, boot, config.wish != Wish::Session))
+            }
         }
     } else {
         Guest::Ready(boot.await?)

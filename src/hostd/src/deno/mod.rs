@@ -49,6 +49,16 @@ pub struct Settings {
     pub liveness: Duration,
 }
 
+/// Boots that a REST call can wait for, by sandbox id.
+#[derive(Clone, Debug, Default)]
+struct Coming(Arc<Mutex<HashMap<String, watch::Receiver<()>>>>);
+
+impl Coming {
+    fn table(&self) -> MutexGuard<'_, HashMap<String, watch::Receiver<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What the handlers share.
 #[derive(Debug)]
 pub struct Door {
@@ -57,7 +67,7 @@ pub struct Door {
     settings: Settings,
     sockets: Arc<Semaphore>,
     /// Sandboxes whose ids are known to their clients, but that still boot.
-    coming: Mutex<HashMap<String, watch::Receiver<()>>>,
+    coming: Coming,
 }
 
 impl Door {
@@ -67,7 +77,7 @@ impl Door {
             keys,
             settings,
             sockets: Arc::new(Semaphore::new(SOCKETS)),
-            coming: Mutex::default(),
+            coming: Coming::default(),
         })
     }
 
@@ -77,7 +87,7 @@ impl Door {
     /// 404 for what is unknown, not this door's, or over; the message says why it is over.
     async fn find(&self, id: &str) -> Result<Arc<Sandbox>, DoorError> {
         let known = ids::normalise(id).filter(|id| ids::is_deno(id)).ok_or_else(|| DoorError::unknown(id))?;
-        let coming = self.coming().get(known).cloned();
+        let coming = self.coming.table().get(known).cloned();
         if let Some(mut coming) = coming {
             // Ends with an error when the boot ended, which is what is waited for.
             let _ended = tokio::time::timeout(COMING_LIMIT, coming.changed()).await;
@@ -93,10 +103,6 @@ impl Door {
             },
             None => DoorError::unknown(known),
         })
-    }
-
-    fn coming(&self) -> MutexGuard<'_, HashMap<String, watch::Receiver<()>>> {
-        self.coming.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -42,7 +42,9 @@ pub(super) fn answer(text: &[u8]) -> Outcome {
         Some(Value::String(id)) => id.len() <= ID_LIMIT,
         Some(_) => false,
     };
-    if message.jsonrpc.as_deref() != Some("2.0") || message.method.is_none() || !id_fits {
+    // A batch is no message here, even one that reads like the fields in their order.
+    let is_object = text.trim_ascii_start().starts_with(b"{");
+    if !is_object || message.jsonrpc.as_deref() != Some("2.0") || message.method.is_none() || !id_fits {
         return Outcome::Close(INVALID_RPC, "invalid JSON-RPC");
     }
     match message.id {
@@ -87,6 +89,7 @@ mod tests {
             "[]",
             "1",
             "{}",
+            r#"["2.0",1,"spawn"]"#,
             r#"{"jsonrpc":"1.0","id":1,"method":"a"}"#,
             r#"{"jsonrpc":"2.0","id":{},"method":"a"}"#,
         ] {

@@ -20,7 +20,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
 
-use super::handshake::{Boot, Coming};
+use super::handshake::Arrival;
 use super::rpc::{self, Outcome};
 use crate::clock;
 use crate::lifetime::Sandbox;
@@ -45,7 +45,7 @@ const PINGS: u32 = 4;
 /// The sandbox behind a socket.
 pub(super) enum Guest {
     Ready(Arc<Sandbox>),
-    Coming(Boot, Coming),
+    Coming(Arrival),
 }
 
 /// The hold of the socket that created a sandbox. Dropping it ends the sandbox if that is a session.
@@ -63,7 +63,7 @@ impl Drop for Tie {
 /// A socket before its first byte.
 pub(super) struct Socket {
     sandbox: Option<Arc<Sandbox>>,
-    coming: Option<(Boot, Coming)>,
+    coming: Option<Arrival>,
     /// This socket created the sandbox.
     created: bool,
     tie: Option<Tie>,
@@ -84,7 +84,7 @@ impl Socket {
         let mut socket = Self { sandbox: None, coming: None, created, tie: None, liveness, _place: place };
         match guest {
             Guest::Ready(sandbox) => socket.attach(sandbox),
-            Guest::Coming(boot, coming) => socket.coming = Some((boot, coming)),
+            Guest::Coming(arrival) => socket.coming = Some(arrival),
         }
         socket
     }
@@ -97,7 +97,12 @@ impl Socket {
 
     /// The session ends now, if there is one; closing the socket itself may take longer.
     fn untie(&mut self, why: &'static str) {
-        self.coming = None;
+        if let Some(mut arrival) = self.coming.take()
+            && arrival.lasting
+        {
+            // Its client has the id and will come back. Why a boot failed is logged where it does.
+            tokio::spawn(async move { drop((&mut arrival.boot).await) });
+        }
         if let Some(tie) = &mut self.tie {
             tie.why = why;
         }
@@ -201,9 +206,9 @@ async fn over(sandbox: Option<&Arc<Sandbox>>) {
     }
 }
 
-async fn boot(coming: &mut Option<(Boot, Coming)>) -> Result<Arc<Sandbox>, CreateError> {
+async fn boot(coming: &mut Option<Arrival>) -> Result<Arc<Sandbox>, CreateError> {
     match coming {
-        Some((boot, _)) => boot.await,
+        Some(arrival) => (&mut arrival.boot).await,
         None => std::future::pending().await,
     }
 }
@@ -263,5 +268,47 @@ impl AsyncWrite for Heard {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::deno::Coming;
+
+    async fn left_during_the_boot(lasting: bool) -> (bool, Coming) {
+        let booted = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&booted);
+        let boot = Box::pin(async move {
+            tokio::time::sleep(Duration::from_secs(8)).await;
+            seen.store(true, Ordering::SeqCst);
+            Err(CreateError::Closing)
+        });
+        let coming = Coming::default();
+        let guest = Guest::Coming(Arrival::new(&coming, "sbx_ord_x", boot, lasting));
+        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let mut socket = Socket::new(guest, true, Duration::from_secs(60), place);
+        socket.untie("its client closed the connection");
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        (booted.load(Ordering::SeqCst), coming)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_closes_during_the_boot_finds_its_duration_again_and_no_session() {
+        for lasting in [true, false] {
+            let (booted, coming) = left_during_the_boot(lasting).await;
+            assert_eq!(booted, lasting);
+            assert!(coming.table().is_empty(), "nobody waits for ever");
+        }
+    }
+
+    #[test]
+    fn a_reason_fits_in_a_close_frame_whatever_its_letters() {
+        assert!(shortened(&"é".repeat(200)).len() <= 120);
+        assert_eq!(shortened("short"), "short");
     }
 }

@@ -1,0 +1,2 @@
+const newTimeout = await sandbox.extendTimeout("30m");
+console.log(`Sandbox now expires at ${newTimeout}`);

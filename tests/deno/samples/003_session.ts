@@ -1,0 +1,1 @@
+await using sandbox = await Sandbox.create();
