@@ -136,7 +136,7 @@ pub fn router(config: &Config, logs: Arc<Logs>) -> Router {
 }
 
 /// The capabilities and the router in front of them.
-fn build(config: &Config, logs: Arc<Logs>, mut resumed: Option<&mut Resumed>) -> Built {
+fn build(config: &Config, logs: Arc<Logs>, resumed: Option<&mut Resumed>) -> Built {
     let accounts = Arc::new(Accounts::new(Path::new("/")));
     let settings = Arc::new(Settings::new(config.own_machine));
     let rules = Rules { insecure_open: config.insecure_open, own_machine: config.own_machine };
@@ -144,7 +144,7 @@ fn build(config: &Config, logs: Arc<Logs>, mut resumed: Option<&mut Resumed>) ->
     let connections = Connections::default();
     let freezer = Freezer::new(config.cgroup_root.clone(), config.root.clone());
     let kept = resumed.as_deref().map(|resumed| resumed.handover.groups()).unwrap_or_default();
-    let activity = activity(resumed.as_deref_mut());
+    let activity = activity(resumed);
     let inhibition = Inhibition::new(Arc::clone(&activity));
     let cgroups = Arc::new(Cgroups::resume(&config.cgroups, &kept));
     let processes = Processes::new(Arc::clone(&activity), Arc::clone(&cgroups));

@@ -50,8 +50,7 @@ pub fn fresh() -> Router {
 pub async fn send(router: &Router, mut request: Request<Body>) -> Response<Body> {
     request.extensions_mut().insert(Peer::Unix);
     let answer = tokio::time::timeout(PATIENCE, router.clone().oneshot(request)).await;
-    let answer = answer.expect("an answer in time").unwrap_or_else(|never| match never {});
-    answer
+    answer.expect("an answer in time").unwrap_or_else(|never| match never {})
 }
 
 /// The whole answer of a call that is not a stream.

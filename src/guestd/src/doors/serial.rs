@@ -25,7 +25,7 @@ use crate::access::Peer;
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
 
 /// What ends an HTTP/2 conversation at the host's end, wherever it was: a frame that is too long, beyond the rest of any frame.
-const BREAK_OFF: [u8; 20 * 1024] = [0xff; 20 * 1024];
+static BREAK_OFF: [u8; 20 * 1024] = [0xff; 20 * 1024];
 
 pub(super) async fn serve(doors: Doors, device: PathBuf, resumed: bool) {
     let mut resumed = resumed;
