@@ -16,6 +16,9 @@ use tokio::net::{TcpListener, TcpStream};
 /// Where sockets wait for their sandbox.
 pub const FREE: &str = "free";
 
+/// Where an agent makes its socket: hostd takes one as soon as it is free.
+const MAKING: &str = "making";
+
 /// The longest request head that the web server reads, in bytes.
 const HEAD_LIMIT: usize = 8 * 1024;
 
@@ -30,7 +33,7 @@ pub struct Guests {
 
 impl Guests {
     pub async fn start(folder: &Path) -> Result<Self> {
-        for name in ["root", "files", "quiet"] {
+        for name in [MAKING, "root", "files", "quiet"] {
             std::fs::create_dir(folder.join(name))?;
         }
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -43,7 +46,8 @@ impl Guests {
     /// One more agent, for the next sandbox that is created.
     pub async fn add(&self) -> Result<()> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let socket = self.folder.join(FREE).join(format!("{number}.sock"));
+        let name = format!("{number}.sock");
+        let socket = self.folder.join(MAKING).join(&name);
         let config = agent::Config {
             unix: Some(socket.clone()),
             root: self.folder.join("root"),
@@ -58,7 +62,7 @@ impl Guests {
         });
         for _ in 0..2000 {
             if socket.exists() {
-                return Ok(());
+                return Ok(std::fs::rename(&socket, self.folder.join(FREE).join(&name))?);
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
