@@ -56,7 +56,7 @@ impl Guests {
             ..agent::Config::default()
         };
         tokio::spawn(async move {
-            if let Err(error) = agent::serve(config, Logs::new(), pending()).await {
+            if let Err(error) = agent::serve(config, Logs::new(), None, pending()).await {
                 eprintln!("an agent did not start: {error}");
             }
         });
