@@ -44,9 +44,10 @@ def deno() -> list[str]:
 
 
 def deno_binary() -> Path:
-    found = sorted((locations.node_modules() / "@deno").glob("linux-*/deno"))
-    assert found, "the deno runtime is not in node_modules: npm ci installs it"
-    return found[0]
+    """The runtime of the PyPI package: npm's lock file of its own package does not install on another platform."""
+    found = Path(sys.executable).parent / "deno"
+    assert found.exists(), "the deno runtime is not beside Python: tests/requirements.txt installs it"
+    return found
 
 
 def deno_environment(folder: str) -> dict:
