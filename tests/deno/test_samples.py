@@ -68,7 +68,8 @@ def test_session_sample_in_javascript_is_gone_after_it(machines, seed):
     is_over(machines, re.fullmatch(rf"({THE_ID})\n", printed)[1], "session")
 
 
-@pytest.mark.vms(1)
+# Alone among the microVMs: the Python SDK waits for 10 s at most, and several boots at once take longer under emulation.
+@pytest.mark.vms(6)
 @pytest.mark.takes(10)
 @SEEDS
 @PYTHONS
@@ -80,7 +81,7 @@ def test_duration_sample_finds_its_sandbox_again_and_so_does_another_process(mac
     found_by_another_process(machines, sandbox_id)
 
 
-@pytest.mark.vms(1)
+@pytest.mark.vms(4)
 @pytest.mark.takes(10)
 @SEEDS
 def test_duration_sample_in_javascript_finds_its_sandbox_again_and_so_does_another_process(machines, seed):
@@ -116,7 +117,7 @@ except InvalidStatus as refused:
     assert "404 SANDBOX_NOT_FOUND" in run_deno(gone, door.environment(machines), WITHIN)
 
 
-@pytest.mark.vms(1)
+@pytest.mark.vms(4)
 @pytest.mark.takes(25)
 @SEEDS
 def test_extend_sample_prints_the_new_end_and_the_sandbox_outlives_the_old_one(machines, seed):
@@ -138,7 +139,7 @@ def test_extend_sample_prints_the_new_end_and_the_sandbox_outlives_the_old_one(m
     assert told["ends_in_s"] == pytest.approx(1800, abs=60)
 
 
-@pytest.mark.vms(1)
+@pytest.mark.vms(4)
 @pytest.mark.takes(10)
 @SEEDS
 def test_extend_line_of_the_command_line_moves_the_end(machines, seed):
@@ -165,7 +166,7 @@ def test_extend_line_of_the_command_line_moves_the_end(machines, seed):
         assert machines.explain(sandbox_id)["ends_in_s"] == pytest.approx(1800, abs=60)
 
 
-@pytest.mark.vms(1)
+@pytest.mark.vms(4)
 @pytest.mark.takes(10)
 def test_kill_extend_and_a_call_into_the_guest_through_the_sdk(machines):
     """What the seeds name in prose, and a call that comes later: a clean error each, and no hanging program."""
