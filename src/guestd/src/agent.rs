@@ -25,6 +25,7 @@ use crate::access::{self, Access, Rules};
 use crate::activity::rpc::ActivityService;
 use crate::activity::{self, Activity};
 use crate::cgroup::{self, Cgroups};
+use crate::code::{self, Ground, Interpreter};
 use crate::doors::{self, Connections, Doors};
 use crate::filesystem::{self, Filesystem};
 use crate::freeze::{self, Freezer};
@@ -54,6 +55,12 @@ const PREFLIGHT_LIFE: Duration = Duration::from_secs(7200);
 pub struct Config {
     /// TCP addresses to listen on; all must be free.
     pub tcp: Vec<SocketAddr>,
+    /// TCP address of the code door; none for an agent that runs no code cells.
+    #[serde(default)]
+    pub code: Option<SocketAddr>,
+    /// Where kernel specs are.
+    #[serde(default = "code::customary_folders")]
+    pub kernels: Vec<PathBuf>,
     pub unix: Option<PathBuf>,
     /// Listen on vsock and on the virtio-serial link where the machine has them.
     pub machine_links: bool,
@@ -85,6 +92,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             tcp: Vec::new(),
+            code: None,
+            kernels: code::customary_folders(),
             forward_to: Vec::new(),
             unix: None,
             machine_links: false,
@@ -108,6 +117,8 @@ fn exit() -> fn() {
 /// What [`serve`] puts behind the doors.
 struct Built {
     router: Router,
+    code: Router,
+    interpreter: Arc<Interpreter>,
     access: Arc<Access>,
     connections: Connections,
     activity: Arc<Activity>,
@@ -148,6 +159,10 @@ fn build(config: &Config, logs: Arc<Logs>, resumed: Option<&mut Resumed>) -> Bui
     let inhibition = Inhibition::new(Arc::clone(&activity));
     let cgroups = Arc::new(Cgroups::resume(&config.cgroups, &kept));
     let processes = Processes::new(Arc::clone(&activity), Arc::clone(&cgroups));
+    let place = code::Place { folders: config.kernels.clone(), own_machine: config.own_machine };
+    let ground = Ground { cgroups: Arc::clone(&cgroups), freezer: Arc::clone(&freezer) };
+    let accounts_and = (Arc::clone(&settings), Arc::clone(&accounts));
+    let interpreter = Interpreter::new(place, accounts_and, Arc::clone(&activity), ground);
     let notices = PathBuf::from(notice::HOOKS);
     let notices = Arc::new(Notices::new(Arc::clone(&activity), Arc::clone(&processes), notices));
     let files =
@@ -172,6 +187,7 @@ fn build(config: &Config, logs: Arc<Logs>, resumed: Option<&mut Resumed>) -> Bui
         cgroups,
         system: Arc::clone(&system),
         connections: connections.clone(),
+        interpreter: Arc::clone(&interpreter),
     };
     let upgrader = Upgrader::new(parts.clone(), config.clone());
 
@@ -199,7 +215,12 @@ fn build(config: &Config, logs: Arc<Logs>, resumed: Option<&mut Resumed>) -> Bui
         .layer(cors())
         .layer(middleware::from_fn(answer_preflight))
         .layer(middleware::from_fn(logs::middleware::tell_failures));
-    Built { router, access, connections, activity, inhibition, system, upgrader, parts }
+    let code = code::http::routes(Arc::clone(&interpreter), Arc::clone(&access), Arc::clone(&activity))
+        .layer(middleware::from_fn_with_state(Arc::clone(&upgrader), upgrade::http::guard))
+        .layer(cors())
+        .layer(middleware::from_fn(answer_preflight))
+        .layer(middleware::from_fn(logs::middleware::tell_failures));
+    Built { router, code, interpreter, access, connections, activity, inhibition, system, upgrader, parts }
 }
 
 /// Asks proxies to pass each message of a stream on at once (contract: envd.md section 12).
@@ -249,9 +270,20 @@ pub async fn serve(
     mut resumed: Option<Resumed>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let Built { router, access, connections, activity, inhibition, system, upgrader, parts } =
-        build(&config, Arc::clone(&logs), resumed.as_mut());
+    let Built {
+        router,
+        code,
+        interpreter,
+        access,
+        connections,
+        activity,
+        inhibition,
+        system,
+        upgrader,
+        parts,
+    } = build(&config, Arc::clone(&logs), resumed.as_mut());
     let mut inherited = |door| resumed.as_mut().and_then(|resumed| resumed.door(&door));
+    let code_doors = Doors::new(code, Arc::clone(&access), connections.clone(), upgrader.shut());
     let doors = Doors::new(router, access, connections, upgrader.shut());
     let mut tcp = Vec::new();
     for address in &config.tcp {
@@ -262,6 +294,16 @@ pub async fn serve(
         tracing::info!(address = %listener.local_addr()?, "listening");
         upgrader.keep_open(Door::Tcp, &listener);
         tcp.push(listener);
+    }
+    let mut code = None;
+    if let Some(address) = config.code {
+        let listener = match inherited(Door::Code) {
+            Some(socket) => TcpListener::from_std(socket.into())?,
+            None => doors::bind_tcp(address)?,
+        };
+        tracing::info!(address = %listener.local_addr()?, "listening for code");
+        upgrader.keep_open(Door::Code, &listener);
+        code = Some(listener);
     }
     let mut unix = None;
     if let Some(path) = &config.unix {
@@ -303,6 +345,12 @@ pub async fn serve(
     }
     for listener in tcp {
         tokio::spawn(doors.clone().tcp(listener));
+    }
+    if let Some(listener) = code {
+        tokio::spawn(code_doors.tcp(listener));
+        if !is_resumed {
+            tokio::spawn(interpreter.start_ahead());
+        }
     }
     if let Some(listener) = unix {
         tokio::spawn(doors.clone().unix(listener));

@@ -7,6 +7,7 @@ pub mod access;
 pub mod activity;
 pub mod agent;
 pub mod cgroup;
+pub mod code;
 pub mod doors;
 pub mod filesystem;
 pub mod freeze;

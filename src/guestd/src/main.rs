@@ -15,7 +15,7 @@ use guestd::memory;
 use guestd::mmds;
 use guestd::ports;
 use guestd::upgrade::{self, Asked, Resumed};
-use guestd_protocol::{ENVD_PORT, ENVD_VERSION};
+use guestd_protocol::{CODE_PORT, ENVD_PORT, ENVD_VERSION};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, filter_fn};
@@ -25,7 +25,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 const USAGE: &str = "\
 guestd: the agent inside every microVM
 
-usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket PATH] [--machine]
+usage: guestd serve [--port N] [--code-port N|off] [--kernels FOLDER]... [--host ADDRESS] [--unix PATH] [--activity-socket PATH] [--machine]
                     [--insecure-open] [--forward-to ADDRESS]... [--mmds[=ADDRESS:PORT]]
                     [--cgroup-root PATH | --no-cgroups] [--root PATH]
        guestd busy [--why TEXT] [--ttl DURATION] [-- COMMAND]
@@ -34,6 +34,9 @@ usage: guestd serve [--port N] [--host ADDRESS] [--unix PATH] [--activity-socket
 
   serve          run as an ordinary service
   --port N       TCP port (49983)
+  --code-port N  TCP port for code cells (49999); `off` for none
+  --kernels FOLDER
+                 where Jupyter kernel specs are, instead of the customary folders; repeatable
   --host ADDRESS TCP address (127.0.0.1)
   --unix PATH    also listen on this Unix socket (its file lets only its owner in)
   --activity-socket PATH
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
                 !machine && std::env::var_os(CONTAINER_OPEN).is_some_and(|value| value == "1");
             let config = Config {
                 tcp: vec![SocketAddr::new(any, ENVD_PORT)],
+                code: Some(SocketAddr::new(any, CODE_PORT)),
                 unix,
                 machine_links: machine,
                 forward_to: Some(ports::MACHINE_ADDRESS)
@@ -124,6 +128,8 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     use lexopt::prelude::{Long, Short, Value, ValueExt};
     let mut host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let mut port = ENVD_PORT;
+    let mut code = Some(CODE_PORT);
+    let mut kernels = Vec::new();
     let mut config = Config::default();
     let mut serve = false;
     let mut cgroups = Choice::Delegated;
@@ -140,6 +146,11 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
             }
             Value(value) if value == "serve" => serve = true,
             Long("port") => port = arguments.value()?.parse()?,
+            Long("code-port") => {
+                let given = arguments.value()?;
+                code = if given == "off" { None } else { Some(given.parse()?) };
+            }
+            Long("kernels") => kernels.push(PathBuf::from(arguments.value()?)),
             Long("host") => host = arguments.value()?.parse()?,
             Long("activity-socket") => config.activity_socket = Some(PathBuf::from(arguments.value()?)),
             Long("unix") => config.unix = Some(PathBuf::from(arguments.value()?)),
@@ -162,6 +173,10 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     if !serve {
         return Err("nothing to do: say `serve`".into());
     }
+    if !kernels.is_empty() {
+        config.kernels = kernels;
+    }
+    config.code = code.map(|port| SocketAddr::new(host, port));
     Ok(Some(Config { tcp: vec![SocketAddr::new(host, port)], cgroups, ..config }))
 }
 

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
+use tokio::sync::watch;
+
 use crate::cgroup::Limits;
 
 /// The user that an agent runs commands as until `/init` says otherwise (contract: envd.md section 0).
@@ -38,6 +40,7 @@ impl Values {
 #[derive(Debug)]
 pub struct Settings {
     values: RwLock<Values>,
+    changed: watch::Sender<bool>,
 }
 
 impl Settings {
@@ -51,6 +54,7 @@ impl Settings {
                 internal_environment: internal,
                 process_limits: Limits::default(),
             }),
+            changed: watch::Sender::new(false),
         }
     }
 
@@ -60,6 +64,13 @@ impl Settings {
 
     pub fn update(&self, change: impl FnOnce(&mut Values)) {
         change(&mut self.values.write().unwrap_or_else(PoisonError::into_inner));
+        self.changed.send_if_modified(|changed| !std::mem::replace(changed, true));
+    }
+
+    /// Waits until somebody has changed them.
+    pub async fn first_change(&self) {
+        // The sender lives as long as `self`.
+        drop(self.changed.subscribe().wait_for(|changed| *changed).await);
     }
 }
 

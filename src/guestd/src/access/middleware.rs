@@ -35,7 +35,7 @@ pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next
 
 /// Answers with the refusal after what the client is still sending, so that the connection can be used again: its other calls may be on
 /// their way already. What is too long or too slow for that ends the connection, and the client is told.
-async fn refuse(request: Request, refusal: Refusal) -> Response {
+pub async fn refuse(request: Request, refusal: Refusal) -> Response {
     let version = request.version();
     let rest = Limited::new(request.into_body(), DRAIN_LIMIT).collect();
     let drained = matches!(timeout(DRAIN_TIME, rest).await, Ok(Ok(_)));

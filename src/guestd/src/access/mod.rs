@@ -13,6 +13,7 @@ use std::sync::{PoisonError, RwLock};
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
+pub use middleware::refuse;
 pub use peer::{Peer, Standing};
 
 /// The longest credential accepted, in bytes.

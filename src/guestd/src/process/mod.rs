@@ -16,6 +16,7 @@ mod leader;
 mod output;
 mod rpc;
 mod run;
+mod service;
 mod signals;
 mod spawn;
 mod spec;
@@ -44,8 +45,9 @@ pub use handover::{ProcessesState, Restored};
 pub use holders::Holder;
 pub use input::{InputError, InputKind};
 pub use leader::{Ended, Leader, Usage};
-pub use output::{BeyondEnd, Channel, End, Event, Reader};
+pub use output::{BeyondEnd, Channel, End, Event, Reader, Status};
 pub use rpc::ProcessService;
+pub use service::{Service, ServiceError};
 pub use spec::{Spec, SpecError};
 pub use terminal::{Size, Terminal};
 

@@ -29,6 +29,7 @@ use crate::access::{Access, Credentials};
 use crate::activity::{Activity, ActivityState};
 use crate::agent::Config;
 use crate::cgroup::Cgroups;
+use crate::code::{CodeState, Interpreter};
 use crate::doors::{Connection, Connections};
 use crate::filesystem::{Filesystem, WatcherState};
 use crate::freeze::{self, Freezer, FreezerState};
@@ -75,6 +76,8 @@ pub enum Door {
     Tcp,
     Unix,
     Vsock,
+    /// For code cells.
+    Code,
     /// Of programs in the machine.
     Activity,
 }
@@ -92,6 +95,8 @@ pub struct Handover {
     doors: Vec<(Door, RawFd)>,
     processes: ProcessesState,
     watchers: Vec<WatcherState>,
+    #[serde(default)]
+    code: CodeState,
     settings: Values,
     credentials: Credentials,
     /// None once the new agent has it.
@@ -104,7 +109,7 @@ pub struct Handover {
 impl Handover {
     /// The control groups that have commands in them.
     pub fn groups(&self) -> Vec<PathBuf> {
-        self.processes.groups()
+        self.processes.groups().into_iter().chain(self.code.groups()).collect()
     }
 }
 
@@ -134,6 +139,7 @@ pub struct Parts {
     pub cgroups: Arc<Cgroups>,
     pub system: Arc<System>,
     pub connections: Connections,
+    pub interpreter: Arc<Interpreter>,
 }
 
 /// Replaces the agent.
@@ -236,6 +242,7 @@ impl Upgrader {
         let busy = |what: &str| UpgradeError::Failed(format!("{what} is under way"));
         let Parts { access, settings, activity, inhibition, processes, freezer, cgroups, system, .. } =
             &self.parts;
+        let code = self.parts.interpreter.export().ok_or_else(|| busy("a code cell"))?;
         let mut store = Store::default();
         let mut handover = Handover {
             from: ENVD_VERSION.to_owned(),
@@ -245,6 +252,7 @@ impl Upgrader {
             doors: self.doors.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             processes: processes.export(&mut store),
             watchers,
+            code,
             settings: settings.snapshot(),
             credentials: access.export(),
             activity: Some(activity.export().ok_or_else(|| busy("the sandbox's release"))?),

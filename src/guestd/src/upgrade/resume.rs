@@ -94,7 +94,9 @@ impl Parts {
         self.settings.update(|values| *values = handover.settings);
         self.freezer.restore(handover.freezer).await;
         self.system.restore(handover.system).await;
-        let known = handover.processes.pids();
+        let mut known = handover.processes.pids();
+        known.extend(handover.code.pids());
+        self.interpreter.restore(handover.code).await;
         let restored = self.processes.restore(handover.processes, &store, &mut descriptors);
         drop(store);
         let (holds, conversations) = self.inhibition.restore(handover.inhibition);
