@@ -2,7 +2,10 @@
 
 import json
 import re
+import socket
+import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -65,6 +68,33 @@ def test_a_large_call_is_read_and_one_too_large_is_told_so(connection):
         connection.send("x" * (17 << 20))
         connection.recv(timeout=10)
     assert closed.value.rcvd.code == 1009
+
+
+@pytest.mark.takes(15)
+def test_the_code_arrives_however_long_the_client_goes_on_sending(containers):
+    """hostd has closed long before the rest comes: a reset would take the close frame with it."""
+    sandbox_id = door.create_lasting(containers, "5m")
+
+    def too_large(pause: float) -> int:
+        with door.join_raw(containers, sandbox_id) as raw:
+            raw.sendall(b"\x82\xff" + struct.pack(">Q", 17 << 20) + b"mask")
+            for _ in range(17):
+                raw.sendall(bytes(1 << 20))
+                time.sleep(pause)
+            return close_code(raw)
+
+    with ThreadPoolExecutor(10) as threads:
+        codes = list(threads.map(too_large, [0, 0.01, 0.2] * 10))
+    assert codes == [1009] * 30
+
+
+def close_code(raw: socket.socket) -> int:
+    """Of the close frame, after which nothing comes."""
+    opcode, size = raw.recv(2, socket.MSG_WAITALL)
+    assert opcode == 0x88
+    frame = raw.recv(size, socket.MSG_WAITALL)
+    assert raw.recv(1) == b"", "and then the end, in order"
+    return struct.unpack(">H", frame[:2])[0]
 
 
 @pytest.mark.parametrize(

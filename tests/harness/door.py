@@ -66,25 +66,45 @@ def listed(hostd, **params) -> dict[str, dict]:
 def silent_client(hostd, **config):
     """A client that says nothing after its handshake, not even to pings; gives the sandbox's id."""
     with create_raw(hostd, **config) as raw:
-        head = b""
-        while b"\r\n\r\n" not in head:
-            head += raw.recv(4096)
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n\r\n")[0].split("\r\n")[1:])
-        yield headers["x-deno-sandbox-id"]
+        yield read_head(raw)["x-deno-sandbox-id"]
 
 
 @contextmanager
 def create_raw(hostd, **config):
     """A TCP connection on which a create call was just sent."""
+    with _upgrading(hostd, "/api/v3/sandboxes/create", {"x-deno-sandbox-config": config_header(config)}) as raw:
+        yield raw
+
+
+@contextmanager
+def join_raw(hostd, sandbox_id: str):
+    """A TCP connection that is a socket of the sandbox; frames are the caller's."""
+    with _upgrading(hostd, f"/api/v3/sandbox/{sandbox_id}/connect", {}) as raw:
+        assert read_head(raw)["x-deno-sandbox-id"] == sandbox_id
+        yield raw
+
+
+@contextmanager
+def _upgrading(hostd, path: str, headers: dict):
     address = urlsplit(hostd.api_url)
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with socket.create_connection((address.hostname, address.port), timeout=OPEN_TIMEOUT) as raw:
         raw.sendall(
             (
-                "GET /api/v3/sandboxes/create HTTP/1.1\r\n"
+                f"GET {path} HTTP/1.1\r\n"
                 f"host: {address.netloc}\r\nauthorization: Bearer {TOKEN}\r\n"
                 "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
-                "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-                f"x-deno-sandbox-config: {config_header(config)}\r\n\r\n"
+                f"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n"
             ).encode()
         )
         yield raw
+
+
+def read_head(raw: socket.socket) -> dict[str, str]:
+    """An answer's headers, to the byte: what follows is the caller's."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        byte = raw.recv(1)
+        assert byte, f"the connection ended after {head!r}"
+        head += byte
+    return dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:-2])

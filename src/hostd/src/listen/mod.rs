@@ -1,5 +1,7 @@
 //! Accepting HTTP connections, for the API and the proxy alike.
 
+mod linger;
+
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,6 +12,8 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpSocket};
+
+use linger::Lingering;
 
 /// How long a connection may be without a whole request head. The SDKs' pools keep idle connections for up to 300 s (contract:
 /// control-plane.md section 4.6); one that is closed under the next request is an error in somebody's program.
@@ -73,7 +77,8 @@ pub async fn serve(listener: TcpListener, router: Router) {
             }
             let mut builder = Builder::new(TokioExecutor::new());
             builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-            if let Err(error) = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await {
+            let stream = TokioIo::new(Lingering::new(stream));
+            if let Err(error) = builder.serve_connection_with_upgrades(stream, service).await {
                 tracing::debug!(%error, "a connection broke off");
             }
         });
