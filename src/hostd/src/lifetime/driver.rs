@@ -51,7 +51,7 @@ pub(super) async fn drive(sandboxes: &Arc<Sandboxes>, sandbox: &Arc<Sandbox>) {
     let (reason, released) = live(sandboxes, sandbox).await;
     watching.abort();
     following.abort();
-    end(sandboxes, sandbox, reason, released).await;
+    Box::pin(end(sandboxes, sandbox, reason, released)).await;
 }
 
 /// Lives until a step says end; the second result is the epoch of the release that was committed, if that was it.
@@ -204,7 +204,8 @@ fn traced(hold: &wire::Hold) -> GuestHold {
 /// Listens to the agent's reports, and again when the link broke, until it is aborted.
 async fn watch(sandbox: Arc<Sandbox>) {
     loop {
-        match sandbox.link.watch().await {
+        // Boxed, as other calls that are made once in a while: the task is as large as the largest future in it for as long as it lives.
+        match Box::pin(sandbox.link.watch()).await {
             Ok(mut reports) => loop {
                 match reports.message().await {
                     Ok(Some(report)) => {
@@ -217,14 +218,14 @@ async fn watch(sandbox: Arc<Sandbox>) {
                     Ok(None) => break,
                     Err(error) => {
                         tracing::debug!(sandbox = sandbox.record.id, %error, "the report stream broke off");
-                        greet_if_new(&sandbox, &error).await;
+                        Box::pin(greet_if_new(&sandbox, &error)).await;
                         break;
                     }
                 }
             },
             Err(error) => {
                 tracing::debug!(sandbox = sandbox.record.id, %error, "no report stream");
-                greet_if_new(&sandbox, &error).await;
+                Box::pin(greet_if_new(&sandbox, &error)).await;
             }
         }
         tokio::time::sleep(WATCH_PAUSE).await;

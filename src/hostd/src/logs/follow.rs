@@ -22,7 +22,8 @@ pub async fn follow(id: &str, link: &Link, log: &SandboxLog) {
     let mut cursor = Cursor::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        match link.follow_logs(&cursor).await {
+        // Boxed: the task lives as long as the sandbox, and the call is a moment of it.
+        match Box::pin(link.follow_logs(&cursor)).await {
             Ok(mut lines) => loop {
                 match lines.message().await {
                     Ok(Some(message)) => {

@@ -91,8 +91,20 @@ fn prepare(
     parts.version = Version::HTTP_2;
     strip(&mut parts.headers);
     parts.headers.remove(header::HOST);
+    unshare(&mut parts.headers);
     parts.extensions = axum::http::Extensions::new();
     Ok(Request::from_parts(parts, ProxiedBody::request(body, sandbox, hold)))
+}
+
+/// Copies the values. The link's header table (RFC 7541, section 2.3.2) keeps some of them until others take their place, and each would keep
+/// the whole buffer that its request arrived in: 16 KiB and more.
+fn unshare(headers: &mut HeaderMap) {
+    for value in headers.values_mut() {
+        if let Ok(mut copy) = HeaderValue::from_bytes(value.as_bytes()) {
+            copy.set_sensitive(value.is_sensitive());
+            *value = copy;
+        }
+    }
 }
 
 /// Removes what concerns one connection only, and what a client must not say.
