@@ -34,7 +34,7 @@ usage: guestd serve [--port N] [--code-port N|off] [--kernels FOLDER]... [--host
 
   serve          run as an ordinary service
   --port N       TCP port (49983)
-  --code-port N  TCP port for code cells (49999); `off` for none
+  --code-port N  TCP port for code cells; `off` for none (49999, or none where --port is another than its default)
   --kernels FOLDER
                  where Jupyter kernel specs are, instead of the customary folders; repeatable
   --host ADDRESS TCP address (127.0.0.1)
@@ -128,7 +128,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     use lexopt::prelude::{Long, Short, Value, ValueExt};
     let mut host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let mut port = ENVD_PORT;
-    let mut code = Some(CODE_PORT);
+    let mut code = None;
     let mut kernels = Vec::new();
     let mut config = Config::default();
     let mut serve = false;
@@ -148,7 +148,7 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
             Long("port") => port = arguments.value()?.parse()?,
             Long("code-port") => {
                 let given = arguments.value()?;
-                code = if given == "off" { None } else { Some(given.parse()?) };
+                code = Some(if given == "off" { None } else { Some(given.parse()?) });
             }
             Long("kernels") => kernels.push(PathBuf::from(arguments.value()?)),
             Long("host") => host = arguments.value()?.parse()?,
@@ -176,6 +176,8 @@ fn parse(mut arguments: lexopt::Parser) -> Result<Option<Config>, lexopt::Error>
     if !kernels.is_empty() {
         config.kernels = kernels;
     }
+    // A second agent on a machine gets a port of its own, and would not get this one.
+    let code = code.unwrap_or((port == ENVD_PORT).then_some(CODE_PORT));
     config.code = code.map(|port| SocketAddr::new(host, port));
     Ok(Some(Config { tcp: vec![SocketAddr::new(host, port)], cgroups, ..config }))
 }

@@ -351,6 +351,9 @@ impl Driver {
                 cell.finish();
             }
         }
+        if cell.kept {
+            self.interpreter.forget_old();
+        }
     }
 
     /// Starts another kernel in place of one that was lost.

@@ -448,30 +448,41 @@ impl Interpreter {
         Ok(cell)
     }
 
-    /// Forgets the oldest cells that ended, as far as the limits ask for it.
+    /// Makes room for one more cell.
     fn make_room(&self) -> Result<(), CodeError> {
+        self.trim(KEPT - 1);
+        let running = lock(&self.cells).iter().filter(|cell| cell.progress().state != State::Done).count();
+        if running >= DETACHED {
+            return Err(CodeError::TooMany(format!("{DETACHED} executions wait or run already")));
+        }
+        Ok(())
+    }
+
+    /// Forgets the oldest cells that ended until `count` are left and no more than the limits allow.
+    fn trim(&self, count: usize) {
         let mut cells = lock(&self.cells);
         cells.retain(|cell| cell.ended_for().is_none_or(|ago| ago < KEPT_FOR));
         let is_done = |cell: &Arc<Cell>| cell.progress().state == State::Done;
-        if cells.iter().filter(|cell| !is_done(cell)).count() >= DETACHED {
-            return Err(CodeError::TooMany(format!("{DETACHED} executions wait or run already")));
-        }
         loop {
             let ended: Vec<_> = cells.iter().filter(|cell| is_done(cell)).collect();
             let bytes: u64 = ended.iter().map(|cell| cell.size()).sum();
-            if ended.len() < KEPT && bytes <= KEPT_BYTES {
-                return Ok(());
+            if ended.len() <= count && bytes <= KEPT_BYTES {
+                return;
             }
-            let Some(oldest) = cells.iter().position(is_done) else { return Ok(()) };
+            let Some(oldest) = cells.iter().position(is_done) else { return };
             cells.remove(oldest);
         }
     }
 
+    /// Forgets what is beyond the limits.
+    fn forget_old(&self) {
+        self.trim(KEPT);
+    }
+
     /// The cells whose results are kept, oldest first.
     pub fn cells(&self) -> Vec<Arc<Cell>> {
-        let mut cells = lock(&self.cells);
-        cells.retain(|cell| cell.ended_for().is_none_or(|ago| ago < KEPT_FOR));
-        cells.iter().cloned().collect()
+        self.trim(KEPT);
+        lock(&self.cells).iter().cloned().collect()
     }
 
     /// # Errors

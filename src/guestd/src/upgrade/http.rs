@@ -22,7 +22,7 @@ impl IntoResponse for UpgradeError {
     /// Plain text (contract: envd.md section 4.11).
     fn into_response(self) -> Response {
         let status = match &self {
-            Self::NotInitialised | Self::Busy => StatusCode::CONFLICT,
+            Self::NotInitialised | Self::Busy | Self::CodeRuns => StatusCode::CONFLICT,
             Self::Rejected(_) => StatusCode::BAD_REQUEST,
             Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };

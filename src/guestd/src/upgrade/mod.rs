@@ -62,6 +62,9 @@ pub enum UpgradeError {
     NotInitialised,
     #[error("another upgrade is under way")]
     Busy,
+    /// What a kernel says while nobody listens would be lost.
+    #[error("a code cell or the start of a kernel is under way")]
+    CodeRuns,
     /// The request's own fault.
     #[error("{0}")]
     Rejected(String),
@@ -185,6 +188,9 @@ impl Upgrader {
             Ok(version) => version,
             Err(error) => return error,
         };
+        if self.parts.interpreter.export().is_none() {
+            return UpgradeError::CodeRuns;
+        }
         tracing::info!(from = ENVD_VERSION, to = version, program = %path.display(), "upgrade");
         self.shut.send_replace(true);
         let freezer = &self.parts.freezer;
@@ -242,7 +248,7 @@ impl Upgrader {
         let busy = |what: &str| UpgradeError::Failed(format!("{what} is under way"));
         let Parts { access, settings, activity, inhibition, processes, freezer, cgroups, system, .. } =
             &self.parts;
-        let code = self.parts.interpreter.export().ok_or_else(|| busy("a code cell"))?;
+        let code = self.parts.interpreter.export().ok_or(UpgradeError::CodeRuns)?;
         let mut store = Store::default();
         let mut handover = Handover {
             from: ENVD_VERSION.to_owned(),

@@ -71,7 +71,8 @@ fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<
     }
     let usage = match port {
         // A browser's preflight is nobody's call.
-        ENVD_PORT if request.method() == Method::OPTIONS => Usage::Never,
+        ENVD_PORT | CODE_PORT if request.method() == Method::OPTIONS => Usage::Never,
+        CODE_PORT if path == "/health" => Usage::Never,
         ENVD_PORT => routes::find(path).map_or(Usage::Never, |route| route.usage),
         _ => Usage::Call,
     };

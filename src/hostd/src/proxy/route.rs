@@ -19,7 +19,7 @@ const VENDORS: [(&str, &str); 3] = [
 ];
 
 /// Paths of the code interpreter, for clients that name no port.
-const CODE_PATHS: [&str; 2] = ["/execute", "/contexts"];
+const CODE_PATHS: [&str; 3] = ["/execute", "/contexts", "/executions"];
 
 /// The longest query in which a signature is looked for, in bytes: a path has at most 4096, and three for each in an escape.
 const SIGNED_QUERY_LIMIT: usize = 16 * 1024;
