@@ -1,7 +1,7 @@
 //! The guest's gate under random schedules of threads, as the agent keeps it: under one lock, with whoever waits woken at each change.
 //!
 //! Callers pass the fence, hold, take a second hold inside (a call that starts a process) and go. A host prepares, commits, aborts, or
-//! falls silent; its messages come late, twice, and for epochs of long ago. A clock goes on whenever it likes. Each schedule is another
+//! falls silent; its messages come late, twice, and for epochs that are not its own. A clock goes on whenever it likes. Each schedule is another
 //! interleaving; one in which a caller is never woken is a deadlock, which shuttle reports.
 
 use std::time::Duration;
@@ -22,6 +22,9 @@ struct Guest {
     now: Moment,
     /// Calls that were let in so far.
     admitted: usize,
+    /// The newest epoch that the host has asked with, and the newest that arrived.
+    asked: u64,
+    arrived: u64,
     /// The epoch that was told "ready" last, and how many had been let in by then.
     ready: Option<(u64, usize)>,
     committed: bool,
@@ -42,7 +45,13 @@ impl Shared {
 
     fn prepare(&self, epoch: u64) -> bool {
         self.change(|guest| {
+            let before = guest.gate.state_name();
             let ready = guest.gate.prepare(epoch, Duration::ZERO, guest.now);
+            if epoch <= guest.arrived {
+                assert!(!ready, "ready for an epoch that was used");
+                assert_eq!(guest.gate.state_name(), before, "an epoch that was used moved the fence");
+            }
+            guest.arrived = guest.arrived.max(epoch);
             if ready {
                 assert_eq!(guest.gate.ledger.counting(), 0, "ready, though somebody holds");
                 assert!(!guest.committed, "ready again after the end");
@@ -50,6 +59,16 @@ impl Shared {
             }
             ready
         })
+    }
+
+    fn abort(&self, epoch: u64) {
+        self.change(|guest| {
+            let before = guest.gate.state_name();
+            guest.gate.abort(epoch);
+            if epoch != guest.arrived {
+                assert_eq!(guest.gate.state_name(), before, "an abort of another epoch moved the fence");
+            }
+        });
     }
 
     fn commit(&self, epoch: u64) {
@@ -100,30 +119,26 @@ impl Shared {
 
     fn host(&self) {
         for epoch in 1..=EPOCHS {
+            self.change(|guest| guest.asked = epoch);
             let ready = self.prepare(epoch);
             match thread_rng().gen_range(0..4) {
                 0 | 1 if ready => self.commit(epoch),
-                2 => self.change(|guest| guest.gate.abort(epoch)),
+                2 => self.abort(epoch),
                 // Silence.
                 _ => {}
             }
         }
     }
 
-    /// What was under way for long: repeated and foreign messages.
+    /// What was under way for long: repeated messages, and another supervisor's.
     fn network(&self) {
         for _ in 0..3 {
-            let epoch = thread_rng().gen_range(0..=EPOCHS);
+            let asked = self.guest.lock().unwrap().asked;
             match thread_rng().gen_range(0..3) {
-                0 => drop(self.prepare(epoch.min(1))),
-                1 => self.change(|guest| guest.gate.abort(epoch)),
-                // The host commits only what it was told is ready; a repeated commit is of the same epoch.
-                _ => {
-                    let ready = self.guest.lock().unwrap().ready;
-                    if let Some((epoch, _)) = ready {
-                        self.commit(epoch);
-                    }
-                }
+                0 => drop(self.prepare(thread_rng().gen_range(0..=asked))),
+                1 => self.abort(thread_rng().gen_range(0..=EPOCHS)),
+                // It succeeds for the epoch that is ready, and for no other.
+                _ => self.commit(thread_rng().gen_range(0..=EPOCHS)),
             }
         }
     }
@@ -148,6 +163,8 @@ fn schedule() {
         gate: Gate::new(Policy::default(), Moment::default()),
         now: Moment::default(),
         admitted: 0,
+        asked: 0,
+        arrived: 0,
         ready: None,
         committed: false,
         host_is_done: false,
