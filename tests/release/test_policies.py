@@ -3,9 +3,10 @@
 import json
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from e2b import Sandbox
+from e2b import PtySize, Sandbox, TimeoutException
 
 from harness import locations
 from harness.processes import wait_until
@@ -192,6 +193,29 @@ def test_a_hook_runs_before_the_release_and_does_not_delay_it(hostd):
     at, ended = eager.wait_until_ended(sandbox.sandbox_id, within=20)
     assert ended["reason"] == "idle" and 4.9 <= at - last <= 6, at - last
     assert any(line["what"].startswith("notice: idle in 2.0 s") for line in eager.explain(sandbox.sandbox_id)["transitions"])
+
+
+def test_an_attached_terminal_sees_a_line_before_the_end_and_the_line_is_no_use(hostd):
+    eager = hostd(idle_floor=1)
+    sandbox = Sandbox.create(metadata={"idle_timeout": "5", "idle_notice": "2"}, **eager.sdk())
+    terminal = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=0)
+    seen = []
+
+    def read() -> None:
+        with pytest.raises(TimeoutException, match="sandbox"):
+            seen.extend((time.monotonic(), chunk) for _, _, chunk in terminal)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        sandbox.pty.send_stdin(terminal.pid, b"echo $((6*7))\n")
+        wait_until(lambda: b"42" in b"".join(chunk for _, chunk in seen), within=5, what="the terminal answers")
+        at, ended = eager.wait_until_ended(sandbox.sandbox_id, within=20)
+        reading.result(timeout=5)
+    said = [(when, chunk) for when, chunk in seen if b"[guestd]" in chunk]
+    assert [chunk for _, chunk in said] == [b"\r\n[guestd] this sandbox ends in 2 s: idle\r\n"]
+    # In the notice, and the line itself began no new idle time.
+    assert 1.5 <= at - said[0][0] <= 3, at - said[0][0]
+    assert ended["reason"] == "idle" and 5 <= ended["idle_for_s"] <= 6, ended
 
 
 def test_an_inhibitor_taken_in_the_notice_wins(hostd):
