@@ -156,9 +156,16 @@ def test_240_requests_race_the_release_of_containers(hostd):
         assert counted[kind, "answered"] and counted[kind, "not found"], f"{kind} never saw both: {counted}"
 
 
+MACHINES = [
+    pytest.param(30, marks=pytest.mark.takes(90)),
+    # More machines than the suite has time to boot: with `-m soak`.
+    pytest.param(100, marks=[pytest.mark.soak, pytest.mark.takes(300), pytest.mark.timeout(1500)]),
+]
+
+
 @pytest.mark.vms(3)
-@pytest.mark.takes(90)
-def test_30_requests_race_the_release_of_machines(hostd):
+@pytest.mark.parametrize("tries", MACHINES)
+def test_requests_race_the_release_of_machines(hostd, tries):
     """A wider sweep: under emulation the guest's part of the release takes longer."""
     machines = hostd("qemu", idle_floor=1, environment={"HOSTD_RELEASE_PAUSE_MS": "30"})
-    race(machines, tries=30, clients=3, sweep=(-0.150, 0.600))
+    race(machines, tries=tries, clients=3, sweep=(-0.150, 0.600))
