@@ -1,14 +1,13 @@
 """Fixtures: hostd with containers, hostd with microVMs, guestd alone, and sandboxes through the E2B SDK."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from harness import locations
 from harness.guestd import Guestd
 from harness.hostd import Hostd
-from harness.vm_slots import VmSlots
+from harness.vm_slots import FOLDER, VmSlots
 
 # What a failed test shows: the processes that were alive in it, each with a `stderr()`.
 _running: list = []
@@ -32,7 +31,7 @@ def vm_room(request):
         yield
         return
     locations.require_qemu()
-    with VmSlots(Path("/tmp/guestd-vm-slots")).take(marker.args[0]):
+    with VmSlots(FOLDER).take(marker.args[0]):
         yield
 
 

@@ -9,6 +9,14 @@ from pathlib import Path
 SLOTS = int(os.environ.get("TESTS_VM_SLOTS", "6"))
 
 
+FOLDER = Path("/tmp/guestd-vm-slots")
+
+
+def room_to_boot():
+    """For a test whose microVMs sleep for minutes: it takes a place while it boots one, and none while they sleep."""
+    return VmSlots(FOLDER).take(1)
+
+
 class VmSlots:
     """Lock files in a folder that all test processes of a machine share; the kernel frees the locks of a process that dies."""
 

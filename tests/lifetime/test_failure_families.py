@@ -5,8 +5,11 @@
 2. Never stops: what is only open (a terminal, a watch, a WebSocket to a guest port, a client's connection pool) keeps nothing alive.
 3. Observed to death, or to life: whoever asks for the state changes nothing.
 4. Nobody can tell why: the explanation names what keeps a sandbox alive, and the tombstone what ended it.
+
+Each hazard is a function with a sandbox of its own. They sleep for minutes, so they sleep at the same time, in one hostd; each is a subtest.
 """
 
+import asyncio
 import json
 import threading
 import time
@@ -14,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from e2b import PtySize, Sandbox
+from e2b import AsyncSandbox, PtySize, Sandbox, TimeoutException
 from websockets.sync.client import connect
 
 from harness.processes import wait_until
+from harness.together import all_at_once
+from harness.vm_slots import room_to_boot
 
 IDLE = 60
 JOB = 180
@@ -28,7 +33,8 @@ ON_ITS_WAY = 0.1
 
 
 def create(machines, **metadata) -> Sandbox:
-    return Sandbox.create(metadata={"idle_timeout": str(IDLE), **metadata}, **machines.sdk())
+    with room_to_boot():
+        return Sandbox.create(metadata={"idle_timeout": str(IDLE), **metadata}, **machines.sdk())
 
 
 def holds(machines, sandbox: Sandbox) -> list[tuple[str, bool]]:
@@ -55,9 +61,7 @@ def released(machines, sandbox: Sandbox, last: float, late: float = 1) -> dict:
 # --- killed while working ---
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(250)
-def test_a_job_of_three_minutes_with_its_client_attached_is_not_cut(machines):
+def a_job_of_three_minutes_with_its_client_attached_is_not_cut(machines):
     sandbox = create(machines)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(lambda: (sandbox.commands.run(f"sleep {JOB}; echo done", timeout=0), time.monotonic()))
@@ -69,9 +73,7 @@ def test_a_job_of_three_minutes_with_its_client_attached_is_not_cut(machines):
     assert "command" in history(released(machines, sandbox, last))
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(250)
-def test_a_detached_job_of_three_minutes_is_not_cut_where_such_jobs_count_as_alive(machines):
+def a_detached_job_of_three_minutes_is_not_cut_where_such_jobs_count_as_alive(machines):
     sandbox = create(machines, idle_detached="alive")
     began = time.monotonic()
     sandbox.commands.run(f"sleep {JOB}; echo done >/tmp/done", background=True, timeout=0).disconnect()
@@ -84,12 +86,12 @@ def test_a_detached_job_of_three_minutes_is_not_cut_where_such_jobs_count_as_ali
     assert "detached" in history(machines.explain(sandbox.sandbox_id))
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(270)
-def test_a_detached_job_that_computes_for_three_minutes_is_not_cut_under_progress(machines):
+def a_detached_job_that_computes_for_three_minutes_is_not_cut_under_progress(machines):
     sandbox = create(machines, idle_detached="progress")
     began = time.monotonic()
-    job = f"timeout {JOB} sh -c 'while :; do :; done'; sleep 1000"
+    # A few hundredths of a processor: more would be taken from the other tests.
+    work = "while :; do n=0; while [ $n -lt 3000 ]; do n=$((n+1)); done; sleep 0.5; done"
+    job = f"timeout {JOB} sh -c '{work}'; sleep 1000"
     sandbox.commands.run(job, background=True, timeout=0).disconnect()
     time.sleep(JOB - 10)
     assert holds(machines, sandbox) == [("detached", True)]
@@ -104,43 +106,69 @@ def test_a_detached_job_that_computes_for_three_minutes_is_not_cut_under_progres
 # --- never stops ---
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(80)
-def test_an_open_terminal_keeps_nothing_alive(machines):
+def an_open_terminal_keeps_nothing_alive(machines):
     sandbox = create(machines)
     output = []
     terminal = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=0)
-    reader = threading.Thread(target=lambda: [output.append(each) for each in terminal], daemon=True)
-    reader.start()
-    sandbox.pty.send_stdin(terminal.pid, b"echo $((6*7))\n")
-    wait_until(lambda: "42" in str(output), within=20, what="the terminal answers")
-    # Its prompt follows the answer.
-    time.sleep(1)
-    seen = len(output)
-    last = time.monotonic() - 1
-    assert ("terminal", False) in holds(machines, sandbox)
-    told = released(machines, sandbox, last, late=2.1)
+
+    def read() -> None:
+        # The SDK's word for a stream that ends with its sandbox.
+        with pytest.raises(TimeoutException, match="sandbox"):
+            for each in terminal:
+                output.append(each)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        sandbox.pty.send_stdin(terminal.pid, b"echo $((6*7))\n")
+        wait_until(lambda: "42" in str(output), within=20, what="the terminal answers")
+        # Its prompt follows the answer.
+        time.sleep(1)
+        seen = len(output)
+        last = time.monotonic() - 1
+        assert ("terminal", False) in holds(machines, sandbox)
+        told = released(machines, sandbox, last, late=2.1)
+        reading.result(timeout=10)
     assert len(output) == seen, "it was not silent"
     assert "terminal" in [hold["class"] for hold in told["ended"]["last_holds"]]
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(80)
-def test_an_open_watch_keeps_nothing_alive(machines):
+def a_watch_that_polls_keeps_nothing_alive(machines):
+    """The synchronous Python SDK's: what stays open is the guest's part of it."""
     sandbox = create(machines)
     sandbox.files.make_dir("/tmp/watched")
     watch = sandbox.files.watch_dir("/tmp/watched")
     last = time.monotonic()
-    time.sleep(1)
-    # The Python SDK's watcher polls: what is open is the guest's part.
-    told = released(machines, sandbox, last)
-    assert told["ended"]["reason"] == "idle"
+    released(machines, sandbox, last)
     assert watch is not None
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(90)
-def test_an_idle_websocket_to_a_guest_port_keeps_nothing_alive(machines):
+def an_open_watch_stream_keeps_nothing_alive_and_its_event_is_use(machines):
+    """The asynchronous Python SDK's: a stream that is open from its start to the end of the sandbox."""
+    sandbox = create(machines)
+    sandbox.files.make_dir("/tmp/watched")
+
+    async def watch() -> dict:
+        events, exits = asyncio.Queue(), asyncio.Queue()
+        same = await AsyncSandbox.connect(sandbox.sandbox_id, **machines.sdk())
+        stream = await same.files.watch_dir("/tmp/watched", on_event=events.put, on_exit=exits.put, timeout=0)
+        # A second in the guest after the answer, so that nothing but the event can be the last use.
+        sandbox.commands.run("(sleep 3; touch /tmp/watched/file) >/dev/null 2>&1 &")
+        event = await asyncio.wait_for(events.get(), 20)
+        last = time.monotonic()
+        assert event.name == "file"
+        assert ("watch", False) in await asyncio.to_thread(holds, machines, sandbox)
+        # The rest of what `touch` does to it comes in the same moment.
+        told = await asyncio.to_thread(released, machines, sandbox, last, 1.5)
+        await asyncio.wait_for(exits.get(), 10)
+        assert stream is not None
+        return told
+
+    told = asyncio.run(watch())
+    assert "watch" in [hold["class"] for hold in told["ended"]["last_holds"]]
+    assert "watch" in history(told)
+
+
+def an_idle_websocket_to_a_guest_port_keeps_nothing_alive(machines):
     sandbox = create(machines)
     sandbox.files.write("/tmp/guest_server.py", SERVER)
     sandbox.commands.run(f"python3 /tmp/guest_server.py {PORT}", background=True, timeout=0).disconnect()
@@ -158,9 +186,7 @@ def test_an_idle_websocket_to_a_guest_port_keeps_nothing_alive(machines):
     assert "guest_stream" in [hold["class"] for hold in told["ended"]["last_holds"]]
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(75)
-def test_a_connection_pool_keeps_nothing_alive(machines):
+def a_connection_pool_keeps_nothing_alive(machines):
     """The SDK keeps its connections for the next call; some belong to a client of this test's own."""
     sandbox = create(machines)
     token = machines.request("POST", f"/v2/sandboxes/{sandbox.sandbox_id}/connect", json={}).json()["envdAccessToken"]
@@ -177,9 +203,7 @@ def test_a_connection_pool_keeps_nothing_alive(machines):
 # --- observers are free, and the reason is told ---
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(75)
-def test_asking_for_the_state_every_second_keeps_nothing_alive_and_is_told_why(machines):
+def asking_for_the_state_every_second_keeps_nothing_alive_and_is_told_why(machines):
     sandbox = create(machines)
     sandbox.commands.run("true")
     last = time.monotonic()
@@ -205,3 +229,22 @@ def test_asking_for_the_state_every_second_keeps_nothing_alive_and_is_told_why(m
     text = json.dumps(told["transitions"])
     assert "health" not in text and "metrics" not in text, "an observer is in the history"
     assert "command" in text or "Start" in text
+
+
+HAZARDS = [
+    a_job_of_three_minutes_with_its_client_attached_is_not_cut,
+    a_detached_job_of_three_minutes_is_not_cut_where_such_jobs_count_as_alive,
+    a_detached_job_that_computes_for_three_minutes_is_not_cut_under_progress,
+    an_open_terminal_keeps_nothing_alive,
+    a_watch_that_polls_keeps_nothing_alive,
+    an_open_watch_stream_keeps_nothing_alive_and_its_event_is_use,
+    an_idle_websocket_to_a_guest_port_keeps_nothing_alive,
+    a_connection_pool_keeps_nothing_alive,
+    asking_for_the_state_every_second_keeps_nothing_alive_and_is_told_why,
+]
+
+
+@pytest.mark.takes(280)
+@pytest.mark.timeout(420)
+def test_none_of_the_four_families_of_failures(machines, subtests):
+    all_at_once(subtests, HAZARDS, machines)

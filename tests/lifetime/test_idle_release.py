@@ -1,4 +1,7 @@
-"""A sandbox that nobody uses is released no earlier than its idle timeout and no later than a second after it, in microVMs."""
+"""A sandbox that nobody uses is released no earlier than its idle timeout and no later than a second after it, in microVMs.
+
+They sleep at the same time, in one hostd; each is a subtest.
+"""
 
 import threading
 import time
@@ -7,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from e2b import Sandbox
 
+from harness.together import all_at_once
+from harness.vm_slots import room_to_boot
+
 IDLE = 60
 # The last answer's own way from hostd to this process; hostd counted before it.
 ON_ITS_WAY = 0.1
 
 
 def create(machines, **options) -> Sandbox:
-    return Sandbox.create(metadata={"idle_timeout": str(IDLE)}, **options, **machines.sdk())
+    with room_to_boot():
+        return Sandbox.create(metadata={"idle_timeout": str(IDLE)}, **options, **machines.sdk())
 
 
 def assert_released_on_time(machines, sandbox: Sandbox, last: float) -> None:
@@ -31,24 +38,21 @@ def one_command_then_silence(machines) -> None:
     assert sandbox.is_running() is False
 
 
-@pytest.mark.vms(3)
-@pytest.mark.takes(75)
-def test_three_idle_machines_in_parallel_are_each_released_on_time(machines):
+def three_idle_machines_in_parallel_are_each_released_on_time(machines):
     with ThreadPoolExecutor(3) as pool:
         for run in [pool.submit(one_command_then_silence, machines) for _ in range(3)]:
             run.result()
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(70)
-@pytest.mark.parametrize("run", [4, 5])
-def test_an_idle_machine_is_released_on_time(machines, run):
+def an_idle_machine_is_released_on_time(machines):
     one_command_then_silence(machines)
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(70)
-def test_asking_whether_it_runs_does_not_keep_it_alive(machines):
+def another_idle_machine_is_released_on_time(machines):
+    one_command_then_silence(machines)
+
+
+def asking_whether_it_runs_does_not_keep_it_alive(machines):
     """`is_running` every 5 s, and the control plane's get and list with it."""
     sandbox = create(machines)
     sandbox.commands.run("true")
@@ -74,9 +78,7 @@ def test_asking_whether_it_runs_does_not_keep_it_alive(machines):
     assert sandbox.is_running() is False
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(145)
-def test_a_command_of_70_seconds_with_its_client_attached_is_not_released_while_it_runs(machines):
+def a_command_of_70_seconds_with_its_client_attached_is_not_released_while_it_runs(machines):
     sandbox = create(machines)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: (sandbox.commands.run("sleep 70; echo done", timeout=0), time.monotonic()))
@@ -89,17 +91,29 @@ def test_a_command_of_70_seconds_with_its_client_attached_is_not_released_while_
     assert_released_on_time(machines, sandbox, last)
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(75)
-def test_a_command_whose_client_went_does_not_hold_the_machine(machines):
+def a_command_whose_client_went_does_not_hold_the_machine(machines):
     sandbox = create(machines)
     command = sandbox.commands.run("sleep 1000", background=True, timeout=0)
     command.disconnect()
     assert_released_on_time(machines, sandbox, last=time.monotonic())
 
 
-@pytest.mark.vms(1)
-@pytest.mark.takes(75)
-def test_a_machine_that_was_never_used_is_released_too(machines):
+def a_machine_that_was_never_used_is_released_too(machines):
     sandbox = create(machines)
     assert_released_on_time(machines, sandbox, last=time.monotonic())
+
+
+RELEASES = [
+    three_idle_machines_in_parallel_are_each_released_on_time,
+    an_idle_machine_is_released_on_time,
+    another_idle_machine_is_released_on_time,
+    asking_whether_it_runs_does_not_keep_it_alive,
+    a_command_of_70_seconds_with_its_client_attached_is_not_released_while_it_runs,
+    a_command_whose_client_went_does_not_hold_the_machine,
+    a_machine_that_was_never_used_is_released_too,
+]
+
+
+@pytest.mark.takes(170)
+def test_idle_machines_are_released_on_time(machines, subtests):
+    all_at_once(subtests, RELEASES, machines)
