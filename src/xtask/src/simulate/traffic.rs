@@ -83,8 +83,8 @@ pub async fn run(world: World, sandboxes: usize, length: Duration, picture: Opti
         failed = users.join_next() => failed.context("no user")???,
     }
     println!("{sandboxes} sandboxes after {:.1} s", begun.elapsed().as_secs_f64());
-    // Each was used a moment ago: what is measured lies well before the first release.
-    tokio::time::sleep(idle.mul_f64(0.2)).await;
+    // Each was used a moment ago, at most a quarter of the idle timeout: what is measured lies well before the first release.
+    tokio::time::sleep(idle.mul_f64(0.15)).await;
     let (cpu, at) = (hostd.cpu()?, Instant::now());
     tokio::time::sleep(idle.mul_f64(0.4)).await;
     let quiet = hostd.cpu()?.saturating_sub(cpu).as_secs_f64() / at.elapsed().as_secs_f64();
@@ -155,6 +155,8 @@ async fn use_one(shared: &Shared, number: u64) -> Result<()> {
     shared.created.wait().await;
     shared.measured.wait().await;
     let until = shared.until.lock().await.context("nobody said until when")?;
+    // Not all at once: the client of a call that waited behind a thousand others would take its sandbox for one that ended early.
+    tokio::time::sleep(chance.up_to(idle.mul_f64(0.1))).await;
     for round in 0_u64.. {
         let mut last = call(shared, &sandbox, Call::List, &format!("f{number}-{round}")).await?;
         let watch = match number % WATCHED {
