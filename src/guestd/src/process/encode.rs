@@ -115,7 +115,8 @@ impl Item {
         })
     }
 
-    fn message(&self, codec: CodecFormat) -> Result<EncodedBody, ConnectError> {
+    /// The whole message.
+    pub(super) fn message(&self, codec: CodecFormat) -> Result<EncodedBody, ConnectError> {
         match self {
             Self::Event(event) => {
                 let event = event.clone().into();

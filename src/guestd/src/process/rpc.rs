@@ -6,15 +6,17 @@ use connectrpc::{
     ConnectError, Encodable, ErrorCode, InboundStream, RequestContext, Response, ServiceRequest,
     ServiceResult, ServiceStream,
 };
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use guestd_protocol::wire::process as wire;
 use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
+use super::encode::Item;
 use super::follow::{Follow, Wishes};
 use super::{InputError, InputKind, Process, ProcessError, Processes, Selector, Spec, SpecError};
 use crate::cgroup::GroupError;
 use crate::identity::{Accounts, IdentityError, RequestUser, effective_user};
+use crate::services::outlet::Outlet;
 use crate::settings::Settings;
 
 #[derive(Debug)]
@@ -105,7 +107,7 @@ impl wire::Process for ProcessService {
         let user = effective_user(&named, &self.accounts, &self.settings)?;
         let spec = Spec::new(request, user, &self.settings.snapshot())?;
         let (process, reader) = self.processes.start(spec, wishes.pace.deadline)?;
-        Response::stream_ok(Follow::new(&process, reader, &wishes, self.origin).events())
+        answer(&ctx, Follow::new(&process, reader, &wishes, self.origin))
     }
 
     async fn connect(
@@ -117,7 +119,7 @@ impl wire::Process for ProcessService {
         let wishes = Wishes::of_connect(&ctx, request.from_offset)?;
         let process = self.processes.find_any(&selector(request.process.into_option())?)?;
         let reader = wishes.attach(&process)?;
-        Response::stream_ok(Follow::new(&process, reader, &wishes, self.origin).events())
+        answer(&ctx, Follow::new(&process, reader, &wishes, self.origin))
     }
 
     async fn update(
@@ -205,6 +207,14 @@ impl wire::Process for ProcessService {
         self.processes.find_live(&selector)?.close_stdin().await?;
         Response::ok(wire::CloseStdinResponse::default())
     }
+}
+
+/// The answer of a Start or Connect: by the short way, where the request has one.
+fn answer(ctx: &RequestContext, follow: Follow) -> ServiceResult<ServiceStream<Item>> {
+    let Some(outlet) = Outlet::of(ctx) else { return Response::stream_ok(follow.events()) };
+    let codec = outlet.codec();
+    outlet.leave(Box::pin(follow.events().map(move |item| item?.message(codec))));
+    Response::stream_ok(stream::empty())
 }
 
 /// A client that breaks off, or sends what is no message, has one code (contract: envd.md section 1.10); a message that is too large and

@@ -1,10 +1,12 @@
 //! The Connect services as clients meet them.
 //!
 //! [`Services`] stands in front of them and does what all of them need: `objects` refuses JSON that is no message, `legacy` spares one old
-//! client what it cannot read, and [`pace`] is what a client asks of its stream: a deadline, and keepalives.
+//! client what it cannot read, [`outlet`] is the short way of a stream's answer, and [`pace`] is what a client asks of its stream: a
+//! deadline, and keepalives.
 
 mod legacy;
 mod objects;
+pub mod outlet;
 pub mod pace;
 
 use std::convert::Infallible;
@@ -13,12 +15,13 @@ use std::task::{Context, Poll};
 
 use axum::body::Body;
 use axum::http::{HeaderValue, Request, Response, header};
-use connectrpc::{ConnectRpcBody, ConnectRpcService};
+use connectrpc::ConnectRpcService;
 use futures_util::FutureExt;
 use tower::Service;
 
 use legacy::OldShape;
 use objects::ObjectsOnly;
+use outlet::Outlet;
 
 /// One set of services for each kind of call, so that no call passes through what is not for it.
 #[derive(Clone)]
@@ -43,7 +46,7 @@ impl std::fmt::Debug for Services {
 }
 
 impl Service<Request<Body>> for Services {
-    type Response = Response<ConnectRpcBody>;
+    type Response = Response<Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
@@ -58,17 +61,26 @@ impl Service<Request<Body>> for Services {
             let answer = self.old.call(request).map(|answer| {
                 answer.map(|mut answer| {
                     answer.headers_mut().insert(legacy::MARK, HeaderValue::from_static("true"));
-                    answer
+                    answer.map(Body::new)
                 })
             });
             return Box::pin(answer);
         }
+        let outlet = Outlet::new(headers);
         let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
         // What is not plainly binary may be JSON: a type with parameters, or the message in a query.
-        if kind.is_some_and(|kind| kind.ends_with("proto")) {
-            self.binary.call(request)
-        } else {
-            self.json.call(request)
-        }
+        let is_binary = kind.is_some_and(|kind| kind.ends_with("proto"));
+        let services = if is_binary { &mut self.binary } else { &mut self.json };
+        let Some(outlet) = outlet else {
+            return Box::pin(services.call(request).map(|answer| answer.map(|answer| answer.map(Body::new))));
+        };
+        request.extensions_mut().insert(outlet.clone());
+        let answer = services.call(request).map(move |answer| {
+            answer.map(|answer| match outlet.body() {
+                Some(body) => answer.map(|_empty| Body::new(body)),
+                None => answer.map(Body::new),
+            })
+        });
+        Box::pin(answer)
     }
 }
