@@ -4,6 +4,7 @@
 //! become tunnels to a TCP port of the guest (`tunnel`), everything else goes to the router that `crate::agent` put together.
 
 mod connections;
+mod opening;
 mod serial;
 mod tunnel;
 
@@ -12,6 +13,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,19 +22,21 @@ use axum::Router;
 use axum::body::Body;
 use guestd_protocol::HELLO_PORT;
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
 use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tower::ServiceExt;
 
 use crate::access::{Access, Peer};
 
 pub use connections::{Connection, Connections};
+use opening::{Opened, Version};
 
 /// How long a connection may be without a whole request head: envd's keep-alive time (contract: envd.md section 0). Shorter than a client's
 /// pool keeps its connections, it would close them under the next request.
@@ -110,8 +114,15 @@ impl Doors {
     }
 
     async fn serve_stream(&self, stream: Box<dyn ByteStream>, peer: Peer) {
-        let doors = self.clone();
         let connection = self.connections.enter();
+        let opened = tokio::select! {
+            opened = timeout(HEADER_TIMEOUT, Opened::read(stream)) => opened,
+            () = connection.cut() => return,
+            () = connection.closed() => return,
+        };
+        // What breaks off, or says nothing, before its first request is nobody's loss.
+        let Ok(Ok((stream, version))) = opened else { return };
+        let doors = self.clone();
         let carried = connection.clone();
         let service = service_fn(move |mut request: Request<Incoming>| {
             let doors = doors.clone();
@@ -124,36 +135,28 @@ impl Doors {
                 doors.router.oneshot(request.map(Body::new)).await
             }
         });
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
-            .max_buf_size(HTTP1_BUFFER);
-        builder
-            .http2()
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_concurrent_streams(STREAMS)
-            .max_send_buf_size(STREAM_WINDOW as usize);
-        let served = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-        tokio::pin!(served);
-        let mut closing = false;
-        loop {
-            tokio::select! {
-            served = served.as_mut() => {
-                if let Err(error) = served {
-                    tracing::debug!(%error, "a connection broke off");
-                }
+        let stream = TokioIo::new(stream);
+        match version {
+            Version::Http1 => {
+                let mut builder = http1::Builder::new();
+                builder
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEADER_TIMEOUT)
+                    .max_buf_size(HTTP1_BUFFER);
+                let served = builder.serve_connection(stream, service).with_upgrades();
+                converse(served, http1::UpgradeableConnection::graceful_shutdown, connection, peer).await;
             }
-            () = connection.cut() => tracing::debug!(?peer, "a connection was cut"),
-            () = connection.closed(), if !closing => {
-                closing = true;
-                served.as_mut().graceful_shutdown();
-                continue;
+            Version::Http2 => {
+                let mut builder = http2::Builder::new(TokioExecutor::new());
+                builder
+                    .initial_stream_window_size(STREAM_WINDOW)
+                    .initial_connection_window_size(CONNECTION_WINDOW)
+                    .max_concurrent_streams(STREAMS)
+                    .max_send_buf_size(STREAM_WINDOW as usize);
+                let served = builder.serve_connection(stream, service);
+                // Of the two, the state of this one is large, and the other's connections are many.
+                Box::pin(converse(served, http2::Connection::graceful_shutdown, connection, peer)).await;
             }
-            }
-            return;
         }
     }
 
@@ -205,6 +208,33 @@ impl Doors {
     fn spawn(&self, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, peer: Peer) {
         let (doors, stream) = (self.clone(), Box::new(stream));
         tokio::spawn(async move { doors.serve_stream(stream, peer).await });
+    }
+}
+
+/// Serves to the end of the conversation, or until the connection is cut; `shut_down` makes its current calls the last.
+async fn converse<C: Future<Output = hyper::Result<()>>>(
+    served: C,
+    shut_down: fn(Pin<&mut C>),
+    connection: Connection,
+    peer: Peer,
+) {
+    let mut served = pin!(served);
+    let mut closing = false;
+    loop {
+        tokio::select! {
+            served = served.as_mut() => {
+                if let Err(error) = served {
+                    tracing::debug!(%error, "a connection broke off");
+                }
+            }
+            () = connection.cut() => tracing::debug!(?peer, "a connection was cut"),
+            () = connection.closed(), if !closing => {
+                closing = true;
+                shut_down(served.as_mut());
+                continue;
+            }
+        }
+        return;
     }
 }
 
@@ -268,7 +298,7 @@ pub fn resume_vsock(socket: OwnedFd) -> tokio_vsock::VsockListener {
 pub async fn say_hello() {
     let host = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_HOST, HELLO_PORT);
     for _ in 0..HELLO_TRIES {
-        match tokio::time::timeout(HELLO_LIMIT, tokio_vsock::VsockStream::connect(host)).await {
+        match timeout(HELLO_LIMIT, tokio_vsock::VsockStream::connect(host)).await {
             Ok(Ok(_heard)) => return,
             Ok(Err(error)) => tracing::debug!(%error, "the host did not hear the hello"),
             Err(_elapsed) => tracing::debug!("the host did not answer the hello"),
