@@ -10,10 +10,20 @@ unsafe extern "C" {
     safe fn gnu_get_libc_version() -> *const c_char;
 }
 
-/// A static program relocates itself: its table of relocations is read whole at each start. Packed (DT_RELR) it takes a fiftieth of the room.
-/// The machine that builds is asked for its C library, because its static one is linked in.
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=no-unwind.ld");
+    pack_relocations();
+    // Only what ships: backtraces of every other build stay whole.
+    if std::env::var("OPT_LEVEL").is_ok_and(|level| level == "z") {
+        let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
+        println!("cargo::rustc-link-arg-bins=-Wl,-T,{folder}/no-unwind.ld,--no-eh-frame-hdr");
+    }
+}
+
+/// A static program relocates itself: its table of relocations is read whole at each start. Packed (DT_RELR) it takes a fiftieth of the room.
+/// The machine that builds is asked for its C library, because its static one is linked in.
+fn pack_relocations() {
     // SAFETY: the function returns a string that lives as long as the program.
     let version = unsafe { CStr::from_ptr(gnu_get_libc_version()) };
     if std::env::var("CARGO_CFG_TARGET_ENV").is_ok_and(|env| env == "gnu")
