@@ -22,6 +22,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 pub struct Agent {
     child: Child,
     address: SocketAddr,
+    /// Of code cells.
+    code: Option<SocketAddr>,
     folder: tempfile::TempDir,
 }
 
@@ -34,20 +36,36 @@ impl Agent {
         Ok(Self::start_timed(program, work)?.0)
     }
 
+    /// As [`Agent::start`], with a port for code cells and the kernels in `specs`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with_kernels(program: &Path, work: &Path, specs: &Path) -> Result<Self> {
+        Ok(Self::launch(program, work, Some(specs))?.0)
+    }
+
     /// As [`Agent::start`], with the time from before the fork to the first answer.
     ///
     /// # Errors
     /// As there.
     pub fn start_timed(program: &Path, work: &Path) -> Result<(Self, Duration)> {
+        Self::launch(program, work, None)
+    }
+
+    fn launch(program: &Path, work: &Path, specs: Option<&Path>) -> Result<(Self, Duration)> {
         let folder = tempfile::tempdir_in(work).context("cannot make a folder for the agent")?;
         let address = free_address()?;
         let log = File::create(folder.path().join("log"))?;
         let mut command = Command::new(program);
         command.arg("serve").arg("--port").arg(address.port().to_string());
+        let code = specs.map(|_| free_address()).transpose()?;
+        if let (Some(code), Some(specs)) = (code, specs) {
+            command.arg("--code-port").arg(code.port().to_string()).arg("--kernels").arg(specs);
+        }
         command.current_dir(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let begin = Instant::now();
         let child = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
-        let mut agent = Self { child, address, folder };
+        let mut agent = Self { child, address, code, folder };
         let socket = agent.first_connection(begin)?;
         Client::over(socket)?.health()?;
         let elapsed = begin.elapsed();
@@ -90,6 +108,14 @@ impl Agent {
 
     pub fn connect(&self) -> Result<Client> {
         Client::over(self.socket()?)
+    }
+
+    /// To the port for code cells.
+    ///
+    /// # Errors
+    /// When the agent has none.
+    pub fn connect_code(&self) -> Result<Client> {
+        Client::over(TcpStream::connect(self.code.context("this agent runs no code cells")?)?)
     }
 
     pub fn socket(&self) -> Result<TcpStream> {

@@ -59,6 +59,11 @@ impl Process {
         Ok(memory(&self.read("smaps_rollup")?))
     }
 
+    /// The pids of its children.
+    pub fn children(&self) -> Result<Vec<u32>> {
+        Ok(children(self.pid)?.into_iter().map(|(pid, _)| pid).collect())
+    }
+
     pub fn threads(&self) -> Result<usize> {
         Ok(fs::read_dir(self.path("task"))?.count())
     }
@@ -79,7 +84,7 @@ impl Process {
         Ok(Held {
             descriptors: fs::read_dir(self.path("fd"))?.count(),
             threads: self.threads()?,
-            zombies: children.iter().filter(|state| **state == 'Z').count(),
+            zombies: children.iter().filter(|(_, state)| *state == 'Z').count(),
             children: children.len(),
             cgroups: folders(PathBuf::from("/sys/fs/cgroup"), 8),
         })
@@ -101,18 +106,19 @@ fn memory(rollup: &str) -> Memory {
     }
 }
 
-/// The states of the children of `parent`.
-fn children(parent: u32) -> Result<Vec<char>> {
-    let mut states = Vec::new();
+/// The children of `parent` with their states.
+fn children(parent: u32) -> Result<Vec<(u32, char)>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
         let mut fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
         let (state, ppid) = (fields.next(), fields.next());
         if ppid == Some(&parent.to_string()) {
-            states.extend(state.and_then(|state| state.chars().next()));
+            found.extend(state.and_then(|state| state.chars().next()).map(|state| (pid, state)));
         }
     }
-    Ok(states)
+    Ok(found)
 }
 
 fn folders(path: PathBuf, depth: usize) -> usize {

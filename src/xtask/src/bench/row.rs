@@ -112,13 +112,6 @@ impl Reading {
         Self { value, floor: None, ratio: None, judgement, notes: Vec::new(), figures: Vec::new() }
     }
 
-    /// There is nothing to measure.
-    pub fn absent(why: &str) -> Self {
-        let judgement = Judgement { verdict: Verdict::NotDecided, miss: 0.0 };
-        let notes = vec![why.to_owned()];
-        Self { value: None, floor: None, ratio: None, judgement, notes, figures: Vec::new() }
-    }
-
     pub fn failed(error: &anyhow::Error) -> Self {
         let judgement = Judgement { verdict: Verdict::Failed, miss: f64::INFINITY };
         let notes = vec![format!("{error:#}")];
