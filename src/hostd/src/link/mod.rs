@@ -15,8 +15,9 @@ use guestd_protocol::CONTROL_HEADER;
 use http::{HeaderValue, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper::rt::Executor;
 use hyper::upgrade::Upgraded;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use tokio::sync::Mutex;
 
 pub use dial::{Hello, Socket, Transport};
@@ -24,6 +25,9 @@ pub use dial::{Hello, Socket, Transport};
 /// As on the agent's side: streams are bounded one by one, the connection is not.
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
+/// What an agent may have us remember of its headers, in bytes: an idle sandbox's link would hold it for a few bytes less in each answer.
+const HEADER_TABLE: u32 = 0;
 
 /// How long a new HTTP/2 connection may take to say hello.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(1000);
@@ -38,6 +42,20 @@ pub enum LinkError {
     PortClosed(u16),
     #[error("the agent answered {0}")]
     Status(StatusCode),
+}
+
+/// Runs hyper's tasks, each in a box. An open stream keeps the waker of the task that sent its request, and a waker keeps a finished task's memory,
+/// but not that of a box which the task had: 1.5 KiB less for each open stream.
+#[derive(Clone, Copy, Debug)]
+struct InBoxes;
+
+impl<F> Executor<F> for InBoxes
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        tokio::spawn(Box::pin(task));
+    }
 }
 
 /// One sandbox's link. Clones share the connection.
@@ -103,7 +121,8 @@ impl Link {
             return Ok(sender.clone());
         }
         let stream = self.shared.transport.dial().await?;
-        let handshake = Builder::new(TokioExecutor::new())
+        let handshake = Builder::new(InBoxes)
+            .header_table_size(HEADER_TABLE)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(STREAM_WINDOW as usize)
