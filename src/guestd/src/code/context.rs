@@ -15,8 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use super::cell::Cell;
 use super::event::{self, Failure, Heard};
 use super::kernel::{Kernel, KernelState, how, is_idle};
-use super::link::{Channel, LinkError};
-use super::message::Message;
+use super::link::{Channel, LinkError, Said};
 use super::spec::Dialect;
 use super::{Interpreter, variables};
 
@@ -456,7 +455,7 @@ impl Driver {
                 // Not in order: a flood of output must not keep an order from being heard.
                 received = kernel.link.receive() => {
                     match received {
-                        Ok((channel, message)) => hearing.hear(channel, &message),
+                        Ok(said) => hearing.hear(&said),
                         Err(error) => return Err(lost(kernel, Some(&error), cell, &hearing.id).await),
                     }
                     if hearing.replied && hearing.idle {
@@ -565,8 +564,8 @@ async fn lost(kernel: &mut Kernel, error: Option<&LinkError>, cell: Option<&Arc<
     let mut hearing =
         Hearing { id: id.to_owned(), cell, replied: false, idle: false, failed: false, deaf: false };
     let until = Instant::now() + LAST_WORDS;
-    while let Ok(Ok((channel, message))) = timeout_at(until, kernel.link.receive()).await {
-        hearing.hear(channel, &message);
+    while let Ok(Ok(said)) = timeout_at(until, kernel.link.receive()).await {
+        hearing.hear(&said);
     }
     let why = death(kernel, error).await;
     if let Some(cell) = cell {
@@ -602,10 +601,14 @@ struct Hearing<'a> {
 }
 
 impl Hearing<'_> {
-    fn hear(&mut self, channel: Channel, message: &Message) {
-        if message.parent != self.id {
-            return;
-        }
+    fn hear(&mut self, said: &Said) {
+        let (channel, message) = match said {
+            Said::Message(channel, message) if message.parent == self.id => (*channel, message),
+            Said::Message(..) => return,
+            Said::TooMuch => {
+                return self.show(event::notice("a message of the kernel was too long and is left out"));
+            }
+        };
         match channel {
             Channel::Iopub => match event::translate(message) {
                 Heard::Line(line) => self.show(line),
@@ -615,7 +618,7 @@ impl Hearing<'_> {
             },
             Channel::Shell if message.kind == "execute_reply" => {
                 self.replied = true;
-                self.judge(&message.content);
+                self.judge(message.content());
             }
             Channel::Shell | Channel::Control => {}
         }
@@ -672,11 +675,14 @@ impl Hearing<'_> {
         else {
             return;
         };
-        while let Ok(Ok((channel, message))) = timeout_at(until, kernel.link.receive()).await {
-            if channel == Channel::Iopub && message.parent == question && is_idle(&message) {
+        while let Ok(Ok(said)) = timeout_at(until, kernel.link.receive()).await {
+            if let Said::Message(Channel::Iopub, message) = &said
+                && message.parent == question
+                && is_idle(message)
+            {
                 return;
             }
-            self.hear(channel, &message);
+            self.hear(&said);
         }
     }
 }

@@ -76,7 +76,7 @@ const STRUCTURED: [&str; 3] = ["json", "data", "chart"];
 
 /// Translates a message of the iopub channel.
 pub fn translate(message: &Message) -> Heard {
-    let content = message.content.as_str();
+    let content = message.content();
     match message.kind.as_str() {
         "status" => match serde_json::from_str::<State<'_>>(content) {
             Ok(State { execution_state: "idle" }) => Heard::Idle,
@@ -270,12 +270,7 @@ mod tests {
 
     fn heard(kind: &str, content: &str) -> Heard {
         let date = RawValue::from_string("\"2026-11-01T00:00:00Z\"".to_owned()).ok();
-        translate(&Message {
-            kind: kind.to_owned(),
-            parent: String::new(),
-            date,
-            content: content.to_owned(),
-        })
+        translate(&Message::new(kind, date, content))
     }
 
     fn line(kind: &str, content: &str) -> serde_json::Value {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 
 use super::event::{self, Heard};
-use super::link::{Address, Channel, Link, LinkError, random};
+use super::link::{Address, Channel, Link, LinkError, Said, random};
 use super::message::Message;
 use super::spec::{Interrupt, KernelSpec};
 use crate::cgroup::Cgroups;
@@ -303,7 +303,7 @@ async fn ready(address: &Address) -> Result<Link, LinkError> {
         asked.push(link.send(Channel::Shell, "kernel_info_request", "{}").await?);
         let again = Instant::now() + ASK_AGAIN * u32::try_from(asked.len()).unwrap_or(u32::MAX).min(20);
         while let Ok(received) = timeout_at(again, link.receive()).await {
-            let (channel, message) = received?;
+            let Said::Message(channel, message) = received? else { continue };
             if !asked.contains(&message.parent) {
                 continue;
             }

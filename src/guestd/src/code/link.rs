@@ -5,15 +5,12 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use futures_util::stream::{SelectAll, select_all};
 use serde::{Deserialize, Serialize};
-use zeromq::{
-    DealerSocket, Socket, SocketEvent, SocketRecv as _, SocketSend as _, SubSocket, ZmqError, ZmqMessage,
-};
+use tokio::net::{TcpStream, UnixStream};
 
 use super::message::{Message, Signer, hex};
 use super::spec::Transport;
+use super::zmtp::{Kind, Received, Socket};
 
 /// How long a kernel that listens may take for one handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
@@ -26,14 +23,25 @@ const LOOK: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    #[error("the connection to the kernel: {0}")]
-    Zmq(#[from] ZmqError),
+    #[error("the connection to the kernel broke: {0}")]
+    Broken(io::Error),
     #[error("the kernel closed its connection")]
     Closed,
     #[error("the kernel does not read its requests")]
     Full,
     #[error("the kernel did not answer the handshake within {} s", HANDSHAKE_LIMIT.as_secs())]
     Handshake,
+}
+
+impl From<io::Error> for LinkError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                Self::Closed
+            }
+            _ => Self::Broken(error),
+        }
+    }
 }
 
 /// Where a kernel's sockets are, as its connection file says it (jupyter-client.readthedocs.io, "Connection files").
@@ -80,8 +88,20 @@ impl Address {
         self.transport == "ipc"
     }
 
-    fn endpoint(&self, port: u16) -> String {
-        if self.is_ipc() { format!("ipc://{}-{port}", self.ip) } else { format!("tcp://{}:{port}", self.ip) }
+    /// The path of a Unix socket.
+    fn path(&self, port: u16) -> PathBuf {
+        PathBuf::from(format!("{}-{port}", self.ip))
+    }
+
+    async fn open(&self, port: u16, kind: Kind) -> Result<Socket, LinkError> {
+        let opened = if self.is_ipc() {
+            Socket::open(UnixStream::connect(self.path(port)).await?, kind).await
+        } else {
+            let stream = TcpStream::connect((self.ip.as_str(), port)).await?;
+            stream.set_nodelay(true)?;
+            Socket::open(stream, kind).await
+        };
+        Ok(opened?)
     }
 
     /// Waits until the three sockets that the agent uses are there. Whoever waits bounds it.
@@ -95,9 +115,9 @@ impl Address {
 
     async fn is_open(&self, port: u16) -> bool {
         if self.is_ipc() {
-            tokio::net::UnixStream::connect(PathBuf::from(format!("{}-{port}", self.ip))).await.is_ok()
+            UnixStream::connect(self.path(port)).await.is_ok()
         } else {
-            tokio::net::TcpStream::connect((self.ip.as_str(), port)).await.is_ok()
+            TcpStream::connect((self.ip.as_str(), port)).await.is_ok()
         }
     }
 }
@@ -130,20 +150,22 @@ pub enum Channel {
 }
 
 /// The connected sockets of one kernel.
+#[derive(Debug)]
 pub struct Link {
-    shell: DealerSocket,
-    control: DealerSocket,
-    iopub: SubSocket,
-    events: SelectAll<futures_util::stream::BoxStream<'static, SocketEvent>>,
+    shell: Socket,
+    control: Socket,
+    iopub: Socket,
     signer: Signer,
     session: String,
     sent: u64,
 }
 
-impl std::fmt::Debug for Link {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Link").field("sent", &self.sent).finish_non_exhaustive()
-    }
+/// What a kernel says.
+#[derive(Debug)]
+pub enum Said {
+    Message(Channel, Message),
+    /// More than a message may hold.
+    TooMuch,
 }
 
 impl Link {
@@ -152,32 +174,22 @@ impl Link {
     /// # Errors
     /// [`LinkError`]; a kernel that accepts and says nothing is one.
     pub async fn connect(address: &Address) -> Result<Self, LinkError> {
-        let session = random().map_err(|error| LinkError::Zmq(ZmqError::Network(error)))?;
-        let mut link = Self {
-            shell: DealerSocket::new(),
-            control: DealerSocket::new(),
-            iopub: SubSocket::new(),
-            events: SelectAll::new(),
-            signer: Signer::new(&address.key, session.clone()),
-            session,
-            sent: 0,
-        };
-        link.events = select_all([
-            link.shell.monitor().boxed(),
-            link.control.monitor().boxed(),
-            link.iopub.monitor().boxed(),
-        ]);
         let connecting = async {
-            link.iopub.connect(&address.endpoint(address.iopub_port)).await?;
-            link.iopub.subscribe("").await?;
-            link.shell.connect(&address.endpoint(address.shell_port)).await?;
-            link.control.connect(&address.endpoint(address.control_port)).await
+            let session = random()?;
+            Ok(Self {
+                // First, so that nothing is said before somebody listens.
+                iopub: address.open(address.iopub_port, Kind::Sub).await?,
+                shell: address.open(address.shell_port, Kind::Dealer).await?,
+                control: address.open(address.control_port, Kind::Dealer).await?,
+                signer: Signer::new(&address.key, session.clone()),
+                session,
+                sent: 0,
+            })
         };
-        tokio::time::timeout(HANDSHAKE_LIMIT, connecting).await.map_err(|_| LinkError::Handshake)??;
-        Ok(link)
+        tokio::time::timeout(HANDSHAKE_LIMIT, connecting).await.map_err(|_| LinkError::Handshake)?
     }
 
-    /// Sends a request; returns its id.
+    /// Sends a request; returns its id. After an error the link is of no use.
     ///
     /// # Errors
     /// [`LinkError`].
@@ -185,10 +197,8 @@ impl Link {
         self.sent += 1;
         let id = format!("{}-{}", self.session, self.sent);
         let frames = self.signer.seal(&id, kind, content);
-        // Never empty.
-        let message = ZmqMessage::try_from(frames).map_err(|_| LinkError::Closed)?;
         let socket = if channel == Channel::Control { &mut self.control } else { &mut self.shell };
-        tokio::time::timeout(SEND_LIMIT, socket.send(message)).await.map_err(|_| LinkError::Full)??;
+        tokio::time::timeout(SEND_LIMIT, socket.send(&frames)).await.map_err(|_| LinkError::Full)??;
         Ok(id)
     }
 
@@ -196,22 +206,17 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError`] when the connection is broken.
-    pub async fn receive(&mut self) -> Result<(Channel, Message), LinkError> {
+    pub async fn receive(&mut self) -> Result<Said, LinkError> {
         loop {
-            let (channel, frames) = tokio::select! {
+            let (channel, received) = tokio::select! {
                 // In no order: a thread that never stops printing must not keep a reply from being read.
-                message = self.iopub.recv() => (Channel::Iopub, message?),
-                message = self.shell.recv() => (Channel::Shell, message?),
-                message = self.control.recv() => (Channel::Control, message?),
-                Some(event) = self.events.next() => {
-                    if matches!(event, SocketEvent::Disconnected(_)) {
-                        return Err(LinkError::Closed);
-                    }
-                    continue;
-                }
+                received = self.iopub.receive() => (Channel::Iopub, received?),
+                received = self.shell.receive() => (Channel::Shell, received?),
+                received = self.control.receive() => (Channel::Control, received?),
             };
-            match self.signer.open(&frames.into_vec()) {
-                Ok(message) => return Ok((channel, message)),
+            let Received::Message(frames) = received else { return Ok(Said::TooMuch) };
+            match self.signer.open(&frames) {
+                Ok(message) => return Ok(Said::Message(channel, message)),
                 Err(error) => tracing::debug!(?channel, %error, "skipped what is not a kernel's message"),
             }
             // A flood of these must not keep the agent's one thread.
@@ -236,7 +241,7 @@ mod tests {
         ];
         ports.sort_unstable();
         assert!(ports[0] > 0 && ports.windows(2).all(|pair| pair[0] != pair[1]), "{ports:?}");
-        assert_eq!(address.endpoint(7), "tcp://127.0.0.1:7");
+        assert!(!address.is_ipc());
     }
 
     #[test]
@@ -244,6 +249,6 @@ mod tests {
         let of = || Address::new(Transport::Ipc, Path::new("/run/x"), "python3").unwrap();
         let (one, other) = (of(), of());
         assert_ne!(one.key, other.key);
-        assert_eq!((one.key.len(), one.endpoint(2).as_str()), (32, "ipc:///run/x/k-2"));
+        assert_eq!((one.key.len(), one.path(2)), (32, PathBuf::from("/run/x/k-2")));
     }
 }

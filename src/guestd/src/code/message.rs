@@ -20,8 +20,20 @@ pub struct Message {
     pub parent: String,
     /// When the kernel made it, as JSON text.
     pub date: Option<Box<RawValue>>,
-    /// JSON text.
-    pub content: String,
+    /// JSON text in UTF-8, where it was read: it may be many megabytes.
+    content: Bytes,
+}
+
+impl Message {
+    #[cfg(test)]
+    pub fn new(kind: &str, date: Option<Box<RawValue>>, content: &str) -> Self {
+        let content = Bytes::copy_from_slice(content.as_bytes());
+        Self { kind: kind.to_owned(), parent: String::new(), date, content }
+    }
+
+    pub fn content(&self) -> &str {
+        std::str::from_utf8(&self.content).unwrap_or_default()
+    }
 }
 
 /// Why something that came is no message.
@@ -129,7 +141,10 @@ impl Signer {
         let header: TheirHeader = serde_json::from_slice(header).map_err(|_| MessageError::Header)?;
         let parent: Parent = serde_json::from_slice(parent).unwrap_or_default();
         // Python writes file names that are not UTF-8 as they are.
-        let content = String::from_utf8_lossy(content).into_owned();
+        let content = match std::str::from_utf8(content) {
+            Ok(_) => content.clone(),
+            Err(_) => String::from_utf8_lossy(content).into_owned().into(),
+        };
         Ok(Message { kind: header.msg_type, parent: parent.msg_id, date: header.date, content })
     }
 }
@@ -175,7 +190,7 @@ mod tests {
         frames.push(Bytes::from_static(b"buffer"));
         let message = signer().open(&frames).unwrap();
         assert_eq!(
-            (message.kind.as_str(), message.parent.as_str(), message.content.as_str()),
+            (message.kind.as_str(), message.parent.as_str(), message.content()),
             ("stream", "", r#"{"name":"stdout"}"#)
         );
     }
@@ -204,6 +219,6 @@ mod tests {
             .into_iter()
             .map(Bytes::copy_from_slice)
             .collect();
-        assert_eq!(signer.open(&frames).unwrap().content, "{\"text\":\"a\u{fffd}b\"}");
+        assert_eq!(signer.open(&frames).unwrap().content(), "{\"text\":\"a\u{fffd}b\"}");
     }
 }

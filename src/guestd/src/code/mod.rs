@@ -1,7 +1,7 @@
 //! Running code cells: the server of port 49999 (contract: envd.md section 7), without a second server in the guest.
 //!
 //! [`Interpreter`] owns the contexts and the cells whose results are kept. Each context has one task and one kernel ([`context`]); the agent
-//! speaks the Jupyter protocol to the kernel itself ([`link`], [`message`]), so that an image needs kernels and no more. `spec` finds
+//! speaks the Jupyter protocol to the kernel itself ([`link`], [`message`], [`zmtp`]), so that an image needs kernels and no more. `spec` finds
 //! kernels, `kernel` starts them, `variables` is what the agent runs in them, `event` translates, `cell` keeps what came of a cell, `http`
 //! is the wire.
 
@@ -14,6 +14,7 @@ mod link;
 mod message;
 mod spec;
 mod variables;
+mod zmtp;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
