@@ -9,7 +9,8 @@ rm -f "$root/etc/machine-id" "$root/var/lib/dbus/machine-id" "$root/etc/hostname
 # checks the time, so that no sandbox compiles the standard library again. A fixed seed gives the same bytes each time.
 find "$root/usr" -name '*.pyc' -delete
 chroot "$root" env PYTHONHASHSEED=0 sh -c \
-    'python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib/python3 /usr/lib/python3.*'
+    'python3 -m compileall -q -f --invalidation-mode unchecked-hash \
+        /usr/lib/python3 /usr/lib/python3.* /usr/local/lib/python3.*/dist-packages'
 
 # Backups, caches and logs.
 rm -f "$root"/etc/passwd- "$root"/etc/group- "$root"/etc/shadow- "$root"/etc/gshadow- \

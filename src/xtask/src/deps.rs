@@ -75,8 +75,8 @@ const NEEDS: &[Need] = &[
     Need {
         what: "python3 with venv",
         package: "python3-venv",
-        why: "to run the SDKs",
-        purposes: &[Demo, Container, Test],
+        why: "to run the SDKs, and to fetch wheels for a guest image",
+        purposes: &[Image, Demo, Container, Test],
         is_there: |_| {
             let probe = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
             probe.is_ok_and(|probe| probe.status.success())

@@ -1,9 +1,9 @@
 //! `cargo xtask image`: the agent, a kernel and a root file system, made into the folder that hostd boots from.
 //!
 //! ```text
-//!  recipe + scripts + tool versions --> system: rootfs.squashfs, kernel.deb, packages   (minutes, cached)
-//!  kernel.deb + wanted modules      --> kernel: vmlinux, modules in load order          (seconds, cached)
-//!  guestd + modules                 --> initrd.cpio                                     (at once)
+//!  recipes + all beside them + tools --> system: rootfs.squashfs, kernel.deb, packages   (minutes, cached)
+//!  kernel.deb + wanted modules       --> kernel: vmlinux, modules in load order          (seconds, cached)
+//!  guestd + modules                  --> initrd.cpio                                     (at once)
 //! ```
 //!
 //! Each cached result is found again by the digest of everything that went into it. The output folder's files are
@@ -13,6 +13,7 @@ mod cpio;
 pub mod elf;
 mod kernel;
 mod manifest;
+mod overlay;
 mod recipe;
 mod store;
 mod system;
@@ -30,7 +31,7 @@ use recipe::Template;
 use store::Cache;
 
 /// Part of every cache key: changes when the same inputs are to give another result.
-const BUILDER_VERSION: &str = "4";
+const BUILDER_VERSION: &str = "5";
 
 const VMLINUX: &str = "vmlinux";
 const INITRD: &str = "initrd.cpio";
@@ -44,7 +45,7 @@ const RELEASE: &str = "release";
 /// An unpacked kernel package and what is taken out of it.
 const KERNEL_BYTES: u64 = 350 << 20;
 /// The root file system as a folder.
-const TREE_BYTES: u64 = 400 << 20;
+const TREE_BYTES: u64 = 800 << 20;
 
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
@@ -116,8 +117,8 @@ fn system(template: &Template, cache: &Cache, refresh: bool) -> Result<PathBuf> 
         }
         cache.forget(&folder)?;
     }
-    steps::step(&format!("install the packages of `{name}` (about a minute)"), || {
-        cache.fill("system", &key, system::NEEDED_BYTES, |out| {
+    steps::step(&format!("install the packages of `{name}` (a minute or two)"), || {
+        cache.fill("system", &key, system::needed_bytes(template), |out| {
             system::build(template, out)?;
             let image = out.join(system::SQUASHFS);
             FileDigest::of(&image)?.write_beside(&image)

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::overlay;
 use super::recipe::Template;
 use crate::{steps, workspace};
 
@@ -17,8 +18,11 @@ pub const SQUASHFS: &str = "rootfs.squashfs";
 pub const KERNEL_PACKAGE: &str = "kernel.deb";
 pub const PACKAGES: &str = "packages";
 
-/// What a build needs at its worst moment: the tree, the archive, the packed image, and the downloads.
-pub const NEEDED_BYTES: u64 = 900 << 20;
+/// What a build needs at its worst moment: the tree, the archive, the packed image, and the downloads. A template that
+/// brings more than packages is a large one.
+pub fn needed_bytes(template: &Template) -> u64 {
+    if template.wheels.is_empty() { 900 << 20 } else { 2000 << 20 }
+}
 
 /// Where the tree's scripts leave what is copied out of it.
 const HANDOVER: &str = "guestd-build";
@@ -38,6 +42,9 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
     let fetch_kernel = std::fs::read_to_string(&fetch_kernel)
         .with_context(|| format!("cannot read {}", fetch_kernel.display()))?;
 
+    let overlay = out.join("overlay.tar");
+    let has_overlay = overlay::pack(template, &out.join("overlay"), &overlay)?;
+
     let archive = out.join("rootfs.tar");
     // The caller's umask must not become the image's. The folder is one that every user can be in: without root the
     // scripts run as somebody who may not be able to enter ours.
@@ -53,6 +60,9 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
     command.arg(format!("--include={}", recipe.packages.join(",")));
     command.args(recipe.leave_out.iter().map(|path| format!("--dpkgopt=path-exclude={path}")));
     command.args(recipe.keep.iter().map(|path| format!("--dpkgopt=path-include={path}")));
+    if has_overlay {
+        command.arg(format!("--customize-hook=tar-in '{}' /", overlay.display()));
+    }
     // The scripts go in by value: without root mmdebstrap may not be able to read them from here.
     command.args(template.scripts.iter().map(|script| format!("--customize-hook={script}")));
     command.arg(format!("--customize-hook=KERNEL_PACKAGE='{}'\n{fetch_kernel}", recipe.kernel.package));
@@ -64,7 +74,10 @@ pub fn build(template: &Template, out: &Path) -> Result<()> {
     steps::quietly(&mut command)?;
 
     pack(&archive, &out.join(SQUASHFS), recipe.source_date_epoch)?;
-    std::fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
+    for made in [Some(&archive), has_overlay.then_some(&overlay)].into_iter().flatten() {
+        std::fs::remove_file(made).with_context(|| format!("cannot remove {}", made.display()))?;
+    }
+    Ok(())
 }
 
 fn pack(archive: &Path, image: &Path, time: u32) -> Result<()> {
