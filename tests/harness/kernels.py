@@ -4,8 +4,11 @@ takes half a minute."""
 
 import json
 import shutil
+import stat
 import sys
 from pathlib import Path
+
+import pytest
 
 from harness import locations
 
@@ -20,6 +23,14 @@ def specs(folder: Path) -> Path:
 
     Whoever runs the kernels must be able to read it and the tests' environment, but not this repository.
     """
+    for place in (PROGRAMS, Path(sys.executable).resolve().parent):
+        closed = [path for path in (place, *place.parents) if not path.stat().st_mode & stat.S_IXOTH]
+        if closed:
+            pytest.fail(
+                f"no kernel can run as another user: {closed[0]} is closed to others, and {sys.executable} needs it. "
+                "Make the tests' environment with /usr/bin/python3, as `cargo xtask test` does",
+                pytrace=False,
+            )
     for source in sorted((FILES / "kernels").glob("*/kernel.json")):
         target = folder / source.parent.name
         target.mkdir(parents=True, exist_ok=True)

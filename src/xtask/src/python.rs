@@ -25,7 +25,7 @@ impl Environment {
         }
         steps::step(&format!("install {} into target/{name}", requirements_name(requirements)), || {
             // From scratch: what an older list had installed must not stay.
-            let mut venv = Command::new("python3");
+            let mut venv = Command::new(interpreter());
             steps::quietly(venv.args(["-m", "venv", "--clear"]).arg(&environment.folder))?;
             let mut pip = environment.python();
             pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
@@ -44,6 +44,14 @@ impl Environment {
     pub fn program(&self, name: &str) -> PathBuf {
         self.folder.join("bin").join(name)
     }
+}
+
+/// The distribution's Python where it can make environments, else the one on PATH. Tests run programs of the environment
+/// as other users, who cannot enter the home that somebody's own Python lies in.
+fn interpreter() -> &'static str {
+    let distribution = "/usr/bin/python3";
+    let probe = Command::new(distribution).args(["-c", "import ensurepip, venv"]).output();
+    if probe.is_ok_and(|probe| probe.status.success()) { distribution } else { "python3" }
 }
 
 fn requirements_name(path: &Path) -> String {
