@@ -56,7 +56,9 @@ impl Budget {
     }
 
     fn give(&self, bytes: u64) {
-        self.used.fetch_sub(bytes, Ordering::Relaxed);
+        let _never_none = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
     }
 }
 
@@ -195,6 +197,8 @@ impl Cell {
 
     /// Adds a line of output; one that finds no room is left out, and the client told so once.
     pub fn output(&self, line: String) {
+        // Before it is measured: it may grow.
+        let line = one_line(line);
         let length = line.len() as u64 + 1;
         let mut lines = lock(&self.lines);
         if lines.cut {
@@ -215,14 +219,14 @@ impl Cell {
 
     /// Adds a short line that must not be missing.
     pub fn say(&self, line: &str) {
+        let line = one_line(line.to_owned());
         let mut lines = lock(&self.lines);
         // Beyond the limit, if need be: there are few of these.
         self.budget.used.fetch_add(line.len() as u64 + 1, Ordering::Relaxed);
-        self.write(&mut lines, line.to_owned());
+        self.write(&mut lines, line);
     }
 
-    fn write(&self, lines: &mut Lines, line: String) {
-        let mut line = one_line(line);
+    fn write(&self, lines: &mut Lines, mut line: String) {
         line.push('\n');
         let at = self.progress().length;
         let written = match &lines.file {
@@ -490,11 +494,13 @@ mod tests {
 
     #[tokio::test]
     async fn no_character_ends_a_line_but_the_lines_own_end() {
-        let (cell, ..) = cell(true);
+        let (cell, _, budget) = cell(true);
         cell.output("\"a\u{85}b\u{2028}c\u{2029}d\"".to_owned());
         let text = all(&cell, 0, Attachment::Visitor { follow: false }).await;
         assert_eq!(text, "\"a\\u0085b\\u2028c\\u2029d\"\n");
         assert_eq!(serde_json::from_str::<String>(text.trim_end()).unwrap(), "a\u{85}b\u{2028}c\u{2029}d");
+        drop(cell);
+        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test]

@@ -282,8 +282,14 @@ impl Driver {
         Ok(())
     }
 
-    /// A kernel that was started ahead may be somewhere else.
+    /// Makes a new kernel ready for cells. One that was started ahead may be somewhere else.
     async fn move_in(&mut self) {
+        if let Some(code) = variables::prepare(self.context.dialect)
+            && let Err(Stop::Restart(reply)) = self.own_code(&code).await
+        {
+            // It has just been started.
+            self.waiting.push(reply);
+        }
         let directory = self.context.directory.clone();
         if self.kernel.as_ref().is_none_or(|kernel| kernel.directory == directory) {
             return;
@@ -291,7 +297,6 @@ impl Driver {
         let Some(code) = variables::enter(self.context.dialect, &directory) else { return };
         match self.own_code(&code).await {
             Ok(()) => {}
-            // It has just been started.
             Err(Stop::Restart(reply)) => self.waiting.push(reply),
             Err(Stop::Lost(why)) => tracing::warn!(why, "a kernel was lost before its first cell"),
             Err(Stop::Deleted) => {}
@@ -440,9 +445,9 @@ impl Driver {
         let sent = kernel.link.send(Channel::Shell, "execute_request", &request.to_string()).await;
         let id = match sent {
             Ok(id) => id,
-            Err(error) => return Err(lost(kernel, Some(&error), cell, "").await),
+            Err(error) => return Err(lost(kernel, Some(&error), Hearing::of(String::new(), cell)).await),
         };
-        let mut hearing = Hearing { id, cell, replied: false, idle: false, failed: false, deaf: false };
+        let mut hearing = Hearing::of(id, cell);
         let limit = match cell {
             Some(cell) => cell.request.timeout.map(|timeout| Instant::now() + timeout),
             None => Some(Instant::now() + OWN_LIMIT),
@@ -456,7 +461,7 @@ impl Driver {
                 received = kernel.link.receive() => {
                     match received {
                         Ok(said) => hearing.hear(&said),
-                        Err(error) => return Err(lost(kernel, Some(&error), cell, &hearing.id).await),
+                        Err(error) => return Err(lost(kernel, Some(&error), hearing).await),
                     }
                     if hearing.replied && hearing.idle {
                         break;
@@ -466,7 +471,7 @@ impl Driver {
                     }
                     continue;
                 }
-                _ended = kernel.service.wait() => return Err(lost(kernel, None, cell, &hearing.id).await),
+                _ended = kernel.service.wait() => return Err(lost(kernel, None, hearing).await),
                 order = orders.recv() => match order {
                     Some(Order::Start(reply)) => {
                         let _gone = reply.send(Ok(()));
@@ -498,7 +503,7 @@ impl Driver {
                     }
                     told_again = true;
                     if let Err(error) = kernel.interrupt().await {
-                        return Err(lost(kernel, Some(&error), cell, &hearing.id).await);
+                        return Err(lost(kernel, Some(&error), hearing).await);
                     }
                     continue;
                 }
@@ -522,7 +527,7 @@ impl Driver {
                 stopping = Some((why, Instant::now()));
                 tracing::debug!(language = context.language, ?why, "interrupted");
                 if let Err(error) = kernel.interrupt().await {
-                    return Err(lost(kernel, Some(&error), cell, &hearing.id).await);
+                    return Err(lost(kernel, Some(&error), hearing).await);
                 }
             } else if let Some((known, _)) = &mut stopping {
                 *known = why;
@@ -560,17 +565,13 @@ async fn death(kernel: &mut Kernel, error: Option<&LinkError>) -> String {
 }
 
 /// Tells the client of a cell that its kernel is gone, after what the kernel still said.
-async fn lost(kernel: &mut Kernel, error: Option<&LinkError>, cell: Option<&Arc<Cell>>, id: &str) -> Stop {
-    let mut hearing =
-        Hearing { id: id.to_owned(), cell, replied: false, idle: false, failed: false, deaf: false };
+async fn lost(kernel: &mut Kernel, error: Option<&LinkError>, mut hearing: Hearing<'_>) -> Stop {
     let until = Instant::now() + LAST_WORDS;
     while let Ok(Ok(said)) = timeout_at(until, kernel.link.receive()).await {
         hearing.hear(&said);
     }
     let why = death(kernel, error).await;
-    if let Some(cell) = cell {
-        cell.say(&event::error("KernelDied", &format!("{why}; the variables of this context are lost")));
-    }
+    hearing.fail(&event::error("KernelDied", &format!("{why}; the variables of this context are lost")));
     Stop::Lost(why)
 }
 
@@ -600,7 +601,11 @@ struct Hearing<'a> {
     deaf: bool,
 }
 
-impl Hearing<'_> {
+impl<'a> Hearing<'a> {
+    fn of(id: String, cell: Option<&'a Arc<Cell>>) -> Self {
+        Self { id, cell, replied: false, idle: false, failed: false, deaf: false }
+    }
+
     fn hear(&mut self, said: &Said) {
         let (channel, message) = match said {
             Said::Message(channel, message) if message.parent == self.id => (*channel, message),

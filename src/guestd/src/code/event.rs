@@ -357,7 +357,6 @@ mod tests {
             ("comm_open", "{}"),
             ("stream", r#"{"name": "stdout", "text": 5}"#),
             ("stream", "nonsense"),
-            ("error", "[]"),
             ("status", r#"{"execution_state": "starting"}"#),
         ] {
             assert!(matches!(heard(kind, content), Heard::Nothing), "{kind}");

@@ -158,6 +158,14 @@ pub fn restore(dialect: Dialect, variables: &BTreeMap<String, String>) -> Option
     }
 }
 
+/// What a new kernel is told before its first cell: to keep what it has said until it is read. By default its socket keeps 1,000 messages and drops
+/// the rest without a word (zmq_setsockopt(3), ZMQ_SNDHWM).
+pub fn prepare(dialect: Dialect) -> Option<String> {
+    let program =
+        "import zmq, IPython\nIPython.get_ipython().kernel.iopub_thread.socket.setsockopt(zmq.SNDHWM, 0)\n";
+    (dialect == Dialect::Python).then(|| python(program, ""))
+}
+
 /// Goes to a directory.
 pub fn enter(dialect: Dialect, directory: &Path) -> Option<String> {
     let directory = directory.to_string_lossy();
