@@ -43,8 +43,10 @@ fn end_to_end(options: &Options) -> Result<()> {
     let guestd = steps::step("build guestd", || workspace::build("guestd", "release"))?;
     let hostd = steps::step("build hostd", || workspace::build("hostd", "release"))?;
     // The container runtime needs the tree, and the tree needs root; without root its tests skip themselves.
-    let image = image::Options { tree: workspace::is_root(), ..Default::default() };
-    image::build(&image, &guestd)?;
+    for template in ["base", "code-interpreter-v1"] {
+        let image = image::Options { template: template.into(), tree: workspace::is_root(), ..Default::default() };
+        image::build(&image, &guestd)?;
+    }
 
     let tests = workspace::root().join("tests");
     let python = Environment::ensure("venv", &tests.join("requirements.txt"))?;
