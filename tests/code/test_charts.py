@@ -1,10 +1,12 @@
 """The startup module of the Python kernel: figures as charts, judged by the SDKs' own classes."""
 
 import datetime
+import gc
 import json
 import re
 import sys
 import uuid
+import weakref
 
 import pytest
 from e2b_code_interpreter import charts as sdk
@@ -280,6 +282,17 @@ def test_boxes_that_were_cleared_away_are_forgotten():
     ax.clear()
     ax.plot([1, 2], [3, 4])
     assert type(chart_of(figure)) is sdk.LineChart
+
+
+def test_a_box_plot_that_is_closed_is_not_kept_in_memory():
+    figure, ax = axes()
+    ax.boxplot(SAMPLES)
+    as_sent(figure)
+    gone = weakref.ref(figure)
+    plt.close(figure)
+    del figure, ax
+    gc.collect()
+    assert gone() is None
 
 
 # === Slices ===

@@ -15,7 +15,8 @@ class Kernel:
     """A kernel of one spec, and its answers to a cell."""
 
     def __init__(self, name, folder, home=None):
-        specs = KernelSpecManager(kernel_dirs=[str(kernels.specs(folder / "kernels"))], ensure_native_kernel=False)
+        specs = kernels.specs(folder / "kernels", for_others=False)
+        specs = KernelSpecManager(kernel_dirs=[str(specs)], ensure_native_kernel=False)
         self.manager = KernelManager(kernel_name=name, kernel_spec_manager=specs, transport="ipc")
         self.manager.ip = str(folder / "k")
         self.manager.start_kernel(cwd=str(folder), env={**os.environ, "HOME": home or str(folder)})

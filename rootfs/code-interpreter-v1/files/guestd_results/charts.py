@@ -13,7 +13,6 @@ In charts whose bars or boxes lie, x is still what they are named by, and y thei
 """
 
 import functools
-import weakref
 
 import numpy
 from matplotlib.collections import PathCollection
@@ -26,8 +25,9 @@ from .axis import Axis
 
 # A chart of more points than this is a picture, not data to draw it again from.
 POINTS = 500_000
-# Axis, in the attributes of `axes` itself, of what `bxp` drew there: matplotlib forgets which lines make a box.
-_boxes = weakref.WeakKeyDictionary()
+# The attribute of axes that says what `bxp` drew there: matplotlib forgets which lines make a box. It lives as long as
+# the axes do.
+BOXES = "_guestd_boxes"
 
 
 def describe(figure):
@@ -64,7 +64,7 @@ def _kinds(axes):
     if axes.name == "3d" or any(isinstance(image, AxesImage) for image in axes.images):
         return {}
     containers = [container for container in axes.containers if isinstance(container, BarContainer)]
-    boxes = [box for box in _boxes.get(axes, ()) if box["median"].axes is axes]
+    boxes = _remembered(axes)
     # Lines and patches that are parts of something are not drawn for themselves.
     parts = {id(part) for box in boxes for part in box["parts"]}
     for container in axes.containers:
@@ -185,12 +185,18 @@ def remember_boxes(axes_class):
     def draw_and_remember(self, bxpstats, *arguments, **options):
         drawn = draw(self, bxpstats, *arguments, **options)
         try:
-            _boxes.setdefault(self, []).extend(_drawn_boxes(list(bxpstats), drawn))
+            setattr(self, BOXES, _remembered(self) + list(_drawn_boxes(list(bxpstats), drawn)))
         except Exception:
             pass  # The boxes are drawn, which is what was asked for.
         return drawn
 
     axes_class.bxp = draw_and_remember
+
+
+def _remembered(axes):
+    """The boxes that are still there."""
+    drawn = {id(line) for line in axes.lines}
+    return [box for box in getattr(axes, BOXES, ()) if id(box["median"]) in drawn]
 
 
 def _drawn_boxes(statistics, drawn):
