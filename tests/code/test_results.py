@@ -32,7 +32,8 @@ class Kernel:
             json.dumps(message["content"], allow_nan=False)
             messages.append((message["msg_type"], message["content"]))
 
-        self.client.execute_interactive(code, allow_stdin=False, timeout=60, output_hook=note)
+        # Else a kernel may refuse the cell that comes at once after one that failed.
+        self.client.execute_interactive(code, allow_stdin=False, stop_on_error=False, timeout=60, output_hook=note)
         return messages
 
     def bundles(self, code) -> list[dict]:
