@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
@@ -59,6 +60,23 @@ def test_a_kernel_starts_without_a_home_to_write_into(tmp_path):
     kernel = Kernel("python3", tmp_path, home="/proc/nowhere")
     try:
         assert kernel.bundles("1 + 1") == [{"text/plain": "2"}]
+    finally:
+        kernel.close()
+
+
+def test_bash_answers_without_the_waits_of_its_terminal(tmp_path):
+    kernel = Kernel("bash", tmp_path)
+    try:
+        start = time.monotonic()
+        for number in range(20):
+            told = [content["text"] for kind, content in kernel.run(f"echo {number}") if kind == "stream"]
+            assert told == [f"{number}\n"]
+        # Each of them took 105 ms and more.
+        assert time.monotonic() - start < 1.9
+        assert [content["evalue"] for kind, content in kernel.run("cd /usr; (exit 3)") if kind == "error"] == ["3"]
+        long = "x" * 5000
+        told = [content["text"] for kind, content in kernel.run(f"pwd; echo {long} | wc -c") if kind == "stream"]
+        assert told == ["/usr\n", "5001\n"]
     finally:
         kernel.close()
 

@@ -38,11 +38,16 @@ def specs(folder: Path, for_others: bool = True) -> Path:
         program = Path(spec["argv"][0]).name
         spec["argv"][0] = str(PROGRAMS / ("python" if program == "python3" else program))
         assert Path(spec["argv"][0]).exists(), f"{spec['argv'][0]} is missing: tests/requirements.txt has it"
+        # Where the image has our modules, Python and IPython find them by themselves.
+        modules = {"python": "guestd_results", "bash": "guestd_bash.py"}.get(spec["language"])
+        if modules and (FILES / modules).is_dir():
+            shutil.copytree(FILES / modules, target / modules, ignore=shutil.ignore_patterns("__pycache__"))
+        elif modules:
+            shutil.copy(FILES / modules, target)
         if spec["language"] == "python":
-            # Where the image has them, Python and IPython find them by themselves.
-            shutil.copytree(FILES / "guestd_results", target / "guestd_results", ignore=shutil.ignore_patterns("__pycache__"))
             config = shutil.copy(FILES / "ipython_kernel_config.py", target)
             spec["argv"].append(f"--config={config}")
+        if modules:
             spec.setdefault("env", {})["PYTHONPATH"] = str(target)
         (target / "kernel.json").write_text(json.dumps(spec, indent=1))
     for path in (folder, *folder.rglob("*")):
