@@ -53,9 +53,9 @@ def hostd(vm_room):
         supervisor.close()
 
 
-def _shared(runtime: str):
+def _shared(runtime: str, **options):
     _require(runtime)
-    supervisor = Hostd(runtime)
+    supervisor = Hostd(runtime, **options)
     _running.append(supervisor)
     try:
         yield supervisor.start()
@@ -66,7 +66,7 @@ def _shared(runtime: str):
 
 @pytest.fixture(scope="session")
 def _containers():
-    yield from _shared("container")
+    yield from _shared("container", tls_listen="127.0.0.1:0")
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def _machines():
 
 @pytest.fixture
 def containers(_containers):
-    """hostd as shipped, with containers; one per test process, empty at the start of each test."""
+    """hostd as shipped, with containers, over TLS as well; one per test process, empty at the start of each test."""
     yield _containers
     _containers.end_sandboxes()
 

@@ -18,7 +18,8 @@ import httpx
 from harness import locations, processes
 
 API_KEY = "e2b_" + "0" * 40
-READY = re.compile(r"^ready api=(\S+) proxy=(\S+)$")
+READY = re.compile(r"^ready api=(\S+) proxy=(\S+)(?: tls=https://(\S+))?$")
+TLS_DOMAIN = "sbx.localhost"
 START_DEADLINE = 60
 STOP_DEADLINE = 45
 
@@ -51,6 +52,8 @@ class Hostd:
         self.process = None
         self.api_url = "http://127.0.0.1:0"
         self.proxy_url = "http://127.0.0.1:0"
+        # With `tls_listen`: where that is.
+        self.tls_address = None
 
     # --- the process ---
 
@@ -71,11 +74,14 @@ class Hostd:
                 text=True,
                 env={**os.environ, **self.extra_environment},
             )
-        self.api_url, self.proxy_url = self._wait_until_ready()
+        self.api_url, self.proxy_url, self.tls_address = self._wait_until_ready()
+        if self.tls_address:
+            # A restart takes the same one.
+            self.flags["tls_listen"] = self.tls_address
         self.client = httpx.Client(base_url=self.api_url, headers={"X-API-KEY": self.api_key}, timeout=70, trust_env=False)
         return self
 
-    def _wait_until_ready(self) -> tuple[str, str]:
+    def _wait_until_ready(self) -> tuple[str, str, str | None]:
         lines = queue.Queue()
         process = self.process
 
@@ -95,7 +101,7 @@ class Hostd:
             if line is None:
                 raise HostdExited(process.wait(10), self.stderr())
             if found := READY.match(line.strip()):
-                return found[1], found[2]
+                return found[1], found[2], found[3]
 
     def kill9(self) -> None:
         """hostd dies; its sandboxes stay."""
@@ -219,6 +225,23 @@ class Hostd:
             for vendor in ("E2B", "NOVITA", "PPIO")
             for name, value in (("API_KEY", self.api_key), ("API_URL", self.api_url), ("SANDBOX_URL", self.proxy_url))
         }
+
+    # --- for the SDKs, over TLS (recipe R-B) ---
+
+    @property
+    def authority(self) -> Path:
+        """What clients have to trust."""
+        return self.data / "tls" / TLS_DOMAIN / "ca.pem"
+
+    def tls_environment(self) -> dict:
+        """The environment of a program that knows a domain, a key and an authority, and no address."""
+        domain = f"{TLS_DOMAIN}:{self.tls_address.rpartition(':')[2]}"
+        keys = {
+            f"{vendor}_{name}": value
+            for vendor in ("E2B", "NOVITA", "PPIO")
+            for name, value in (("API_KEY", self.api_key), ("DOMAIN", domain))
+        }
+        return {**keys, "SSL_CERT_FILE": str(self.authority), "NODE_EXTRA_CA_CERTS": str(self.authority)}
 
     # --- the data plane, as bytes ---
 

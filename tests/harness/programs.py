@@ -10,15 +10,15 @@ from pathlib import Path
 from harness import locations
 
 
-def run_python(source: str, environment: dict, within: float) -> str:
-    """The standard output of a program that must succeed."""
+def run_python(source: str, environment: dict, within: float, through: tuple[str, ...] = ()) -> str:
+    """The standard output of a program that must succeed; `through` are words before its command."""
     with tempfile.TemporaryDirectory(prefix="program-", dir="/tmp") as folder:
         script = Path(folder) / "program.py"
         script.write_text(source)
-        return _run([sys.executable, "-u", str(script)], environment, within)
+        return _run([*through, sys.executable, "-u", str(script)], environment, within)
 
 
-def run_node(source: str, environment: dict, within: float) -> str:
+def run_node(source: str, environment: dict, within: float, through: tuple[str, ...] = ()) -> str:
     """The same for an ES module, which finds packages only in a `node_modules` above itself."""
     node = shutil.which("node")
     assert node, "node is not on PATH"
@@ -26,7 +26,7 @@ def run_node(source: str, environment: dict, within: float) -> str:
         (Path(folder) / "node_modules").symlink_to(locations.node_modules())
         script = Path(folder) / "program.mjs"
         script.write_text(source)
-        return _run([node, str(script)], environment, within)
+        return _run([*through, node, str(script)], environment, within)
 
 
 def run_deno(source: str, environment: dict, within: float, arguments: tuple[str, ...] = ()) -> str:

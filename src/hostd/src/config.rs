@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guestd_idle::Limits;
+
+use crate::tls;
 
 /// The host supervisor: boots microVMs, brings SDK traffic to them, and ends them when they are idle or due.
 #[derive(Debug, Parser)]
@@ -143,6 +145,20 @@ pub struct Serve {
     /// Where the sandbox proxy listens.
     #[arg(long, env = "HOSTD_PROXY", default_value = "127.0.0.1:3002")]
     pub proxy: SocketAddr,
+    /// Where both are served over TLS as well, such as 127.0.0.1:3443: sandboxes at `https://<port>-<id>.<domain>`, the control plane at
+    /// `https://api.<domain>`.
+    #[arg(long, env = "HOSTD_TLS_LISTEN")]
+    pub tls_listen: Option<SocketAddr>,
+    /// The domain that the TLS listener serves, without a port [default: sbx.localhost].
+    #[arg(long, env = "HOSTD_TLS_DOMAIN", value_parser = tls::parse_domain, requires = "tls_listen")]
+    pub tls_domain: Option<String>,
+    /// A certificate for `*.<domain>` in PEM, with those that lead to its authority; read again each hour. Without one hostd signs its own,
+    /// and clients have to trust `<data>/tls/<domain>/ca.pem`.
+    #[arg(long, env = "HOSTD_TLS_CERTIFICATE", requires_all = ["tls_listen", "tls_key"])]
+    pub tls_certificate: Option<PathBuf>,
+    /// The certificate's private key in PEM.
+    #[arg(long, env = "HOSTD_TLS_KEY", requires_all = ["tls_listen", "tls_certificate"])]
+    pub tls_key: Option<PathBuf>,
     /// An API key to accept; repeatable. Without one any key is accepted, which is possible on a loopback address only.
     #[arg(long, env = "HOSTD_API_KEYS", value_delimiter = ',', hide_env_values = true)]
     pub api_key: Vec<String>,
@@ -215,6 +231,21 @@ impl Serve {
         }
     }
 
+    /// The domain of the TLS listener.
+    pub fn tls_domain(&self) -> &str {
+        self.tls_domain.as_deref().unwrap_or("sbx.localhost")
+    }
+
+    /// Where the TLS listener's certificate comes from; `data` is an absolute path.
+    pub fn tls_source(&self, data: &Path) -> tls::Source {
+        match (&self.tls_certificate, &self.tls_key) {
+            (Some(certificate), Some(key)) => {
+                tls::Source::Files { certificate: certificate.clone(), key: key.clone() }
+            }
+            _ => tls::Source::Own { folder: tls::own_folder(data, self.tls_domain()) },
+        }
+    }
+
     pub fn aliases(&self) -> BTreeMap<String, String> {
         self.alias.iter().cloned().collect()
     }
@@ -223,11 +254,13 @@ impl Serve {
     /// With what is contradictory.
     pub fn check(&self) -> anyhow::Result<()> {
         let open = self.api_key.iter().all(|key| key.is_empty());
-        anyhow::ensure!(
-            self.api.ip().is_loopback() || !open || self.insecure_open,
-            "--api {} can be reached by others and no --api-key is set: set one, or say --insecure-open",
-            self.api
-        );
+        for (option, address) in [("--api", Some(self.api)), ("--tls-listen", self.tls_listen)] {
+            let Some(address) = address.filter(|address| !address.ip().is_loopback()) else { continue };
+            anyhow::ensure!(
+                !open || self.insecure_open,
+                "{option} {address} can be reached by others and no --api-key is set: set one, or say --insecure-open"
+            );
+        }
         Ok(())
     }
 }

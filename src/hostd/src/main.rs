@@ -16,6 +16,7 @@ mod proxy;
 mod runtime;
 mod server;
 mod store;
+mod tls;
 mod trace;
 
 use std::process::ExitCode;

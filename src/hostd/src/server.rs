@@ -1,27 +1,35 @@
 //! The supervisor from start to end: checks, opens, adopts, serves, leaves.
 
+use std::fmt::Write as _;
 use std::fs;
-use std::io::Write;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, Api};
 use crate::config::{AccelChoice, LinkChoice, OnExit, RuntimeChoice, Serve};
 use crate::lifetime::{Sandboxes, Setup};
+use crate::listen::Speaks;
 use crate::metrics::Metrics;
 use crate::runtime::container::Container;
 use crate::runtime::qemu::{Accelerator, LinkDevice, Qemu, measure_tsc_khz};
 use crate::runtime::simulated::Simulated;
 use crate::runtime::{Images, Runtime, Size, kvm};
 use crate::store::Store;
-use crate::{deno, listen, proxy};
+use crate::tls::Certificates;
+use crate::{deno, listen, proxy, tls};
 
 /// How often old tombstones are looked for.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(60);
+
+/// Where the system does not tell how many descriptors there are, and most connections of one listener.
+const DESCRIPTORS: u64 = 1024;
+const MOST_CONNECTIONS: usize = 16 * 1024;
 
 /// The template that the KVM probe boots.
 const PROBE_TEMPLATE: &str = "base";
@@ -32,12 +40,13 @@ const PROBE_TEMPLATE: &str = "base";
 /// One sentence that says what is wrong and what to do.
 pub async fn serve(config: Serve) -> Result<()> {
     config.check()?;
-    raise_descriptor_limit();
+    let descriptors = raise_descriptor_limit();
     let runs = prepare_folders(&config.data)?;
     // The store first: its lock keeps a second supervisor from touching anything of the first.
     let store = Store::open(&config.data)?;
     let api_listener = listen::bind("--api", config.api)?;
     let proxy_listener = listen::bind("--proxy", config.proxy)?;
+    let tls = prepare_tls(&config)?;
     // Guards have working directories of their own, so no path may depend on this one.
     let images = std::path::absolute(&config.images).context("--images")?;
     if !images.is_dir() {
@@ -69,13 +78,27 @@ pub async fn serve(config: Serve) -> Result<()> {
     let door = deno::Door::new(Arc::clone(&sandboxes), Arc::clone(&keys), config.deno());
     let api = Api { sandboxes: Arc::clone(&sandboxes), keys };
     let control = api::router(api).nest("/api", deno::router(door));
-    let (api_address, proxy_address) = (api_listener.local_addr()?, proxy_listener.local_addr()?);
-    tokio::spawn(listen::serve(api_listener, control));
-    tokio::spawn(listen::serve(proxy_listener, proxy::router(Arc::clone(&sandboxes))));
+    let data_plane = proxy::router(Arc::clone(&sandboxes));
+    let mut ready = format!(
+        "ready api=http://{} proxy=http://{}",
+        api_listener.local_addr()?,
+        proxy_listener.local_addr()?
+    );
+    let places = connections(descriptors);
+    if let Some((listener, certificates)) = tls {
+        write!(ready, " tls=https://{}", listener.local_addr()?)?;
+        if let Some(authority) = certificates.authority() {
+            tracing::info!(authority = %authority.display(), "clients of the TLS listener have to trust this authority");
+        }
+        let router = tls::door::router(config.tls_domain(), control.clone(), data_plane.clone());
+        tokio::spawn(listen::serve(listener, Speaks::Tls(certificates.server()?), places, router));
+        tokio::spawn(certificates.refresh());
+    }
+    tokio::spawn(listen::serve(api_listener, Speaks::Plain, places, control));
+    tokio::spawn(listen::serve(proxy_listener, Speaks::Plain, places, data_plane));
     tokio::spawn(expire(Arc::clone(&sandboxes)));
     let mut out = std::io::stdout();
-    writeln!(out, "ready api=http://{api_address} proxy=http://{proxy_address}")
-        .and_then(|()| out.flush())?;
+    writeln!(out, "{ready}").and_then(|()| out.flush())?;
 
     asked_to_end().await?;
     match config.on_exit {
@@ -96,14 +119,29 @@ pub async fn serve(config: Serve) -> Result<()> {
     Ok(())
 }
 
-/// Each sandbox takes a few descriptors; a shell's soft limit is for a few hundred.
-fn raise_descriptor_limit() {
+/// Each sandbox takes a few descriptors; a shell's soft limit is for a few hundred. Returns how many there are.
+fn raise_descriptor_limit() -> u64 {
     let resource = nix::sys::resource::Resource::RLIMIT_NOFILE;
-    let raised = nix::sys::resource::getrlimit(resource)
-        .and_then(|(_soft, hard)| nix::sys::resource::setrlimit(resource, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the limit of open files stays as it is");
+    let (soft, hard) = nix::sys::resource::getrlimit(resource).unwrap_or((DESCRIPTORS, DESCRIPTORS));
+    match nix::sys::resource::setrlimit(resource, hard, hard) {
+        Ok(()) => hard,
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files stays as it is");
+            soft
+        }
     }
+}
+
+/// How many connections each listener has at once: all three together leave the sandboxes a quarter of the descriptors.
+fn connections(descriptors: u64) -> usize {
+    usize::try_from(descriptors / 4).unwrap_or(MOST_CONNECTIONS).clamp(16, MOST_CONNECTIONS)
+}
+
+fn prepare_tls(config: &Serve) -> Result<Option<(TcpListener, Arc<Certificates>)>> {
+    let Some(address) = config.tls_listen else { return Ok(None) };
+    let source = config.tls_source(&config.data.canonicalize()?);
+    let certificates = Certificates::load(config.tls_domain(), source)?;
+    Ok(Some((listen::bind("--tls-listen", address)?, certificates)))
 }
 
 async fn expire(sandboxes: Arc<Sandboxes>) {

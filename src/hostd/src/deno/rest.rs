@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, RawQuery, State};
@@ -15,6 +16,7 @@ use super::config;
 use super::error::DoorError;
 use crate::clock;
 use crate::ids;
+use crate::tls::door::OverTls;
 
 /// Most entries of one answer. The JavaScript SDK knows no further pages.
 const PAGE: usize = 1000;
@@ -95,6 +97,7 @@ pub(super) async fn list(
     headers: HeaderMap,
     uri: Uri,
     RawQuery(query): RawQuery,
+    tls: Option<Extension<OverTls>>,
 ) -> Result<(HeaderMap, axum::Json<Vec<Entry>>), DoorError> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
     let mut all = entries(&door);
@@ -106,7 +109,8 @@ pub(super) async fn list(
     if let (true, Some(last)) = (more, all.last()) {
         let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("localhost");
         let cursor = format!("{}-{}", last.created_ms, last.id);
-        let link = format!("<http://{host}/api{}?cursor={cursor}>; rel=\"next\"", uri.path());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let link = format!("<{scheme}://{host}/api{}?cursor={cursor}>; rel=\"next\"", uri.path());
         if let Ok(link) = HeaderValue::from_str(&link) {
             links.insert(header::LINK, link);
         }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::runtime::Handle;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 /// How much is thrown away, in bytes, for how long, and how long without a byte. A client beyond that is reset.
@@ -26,11 +27,13 @@ pub(super) struct Lingering<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> 
     stream: Option<S>,
     /// Nothing more can come.
     over: bool,
+    /// Kept until the connection is gone.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Lingering<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream: Some(stream), over: false }
+    pub(super) fn new(stream: S, place: OwnedSemaphorePermit) -> Self {
+        Self { stream: Some(stream), over: false, place: Some(place) }
     }
 
     fn stream(&mut self) -> Pin<&mut S> {
@@ -42,7 +45,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Lingering<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Drop for Lingering<S> {
     fn drop(&mut self) {
         if let (Some(stream), false, Ok(runtime)) = (self.stream.take(), self.over, Handle::try_current()) {
-            runtime.spawn(timeout(TIME, discard(stream)));
+            let place = self.place.take();
+            runtime.spawn(async move {
+                let _slow = timeout(TIME, discard(stream)).await;
+                drop(place);
+            });
         }
     }
 }
@@ -102,17 +109,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> AsyncWrite for Lingerin
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::duplex;
+    use std::sync::Arc;
+
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::sync::Semaphore;
     use tokio::time::{Instant, sleep};
 
     use super::*;
 
     const CHUNK: usize = 1 << 20;
 
+    fn lingering(stream: DuplexStream) -> (Lingering<DuplexStream>, Arc<Semaphore>) {
+        let places = Arc::new(Semaphore::new(1));
+        let place = Arc::clone(&places).try_acquire_owned().unwrap();
+        (Lingering::new(stream, place), places)
+    }
+
     /// How many of the client's chunks were taken before the connection broke, with pauses between them.
     async fn taken(pause: Duration, chunks: usize) -> usize {
         let (mut client, server) = duplex(CHUNK);
-        drop(Lingering::new(server));
+        drop(lingering(server).0);
         for sent in 0..chunks {
             if client.write_all(&vec![0; CHUNK]).await.is_err() {
                 return sent;
@@ -125,15 +141,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_is_still_sending_reads_the_last_words_and_the_end() {
         let (mut client, server) = duplex(CHUNK);
-        let mut server = Lingering::new(server);
+        let (mut server, places) = lingering(server);
         server.write_all(b"too large").await.unwrap();
         drop(server);
+        assert_eq!(places.available_permits(), 0, "it has its place while it is closed");
         for _ in 0..20 {
             client.write_all(&vec![0; CHUNK]).await.unwrap();
         }
         let mut said = String::new();
         client.read_to_string(&mut said).await.unwrap();
         assert_eq!(said, "too large");
+        drop(client);
+        places.acquire().await.unwrap().forget();
     }
 
     #[tokio::test(start_paused = true)]
@@ -151,9 +170,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_closed_is_not_waited_for() {
         let (client, server) = duplex(CHUNK);
-        let mut server = Lingering::new(server);
+        let (mut server, places) = lingering(server);
         drop(client);
         assert_eq!(server.read(&mut [0; 1]).await.unwrap(), 0);
-        assert!(server.over);
+        drop(server);
+        assert_eq!(places.available_permits(), 1);
     }
 }

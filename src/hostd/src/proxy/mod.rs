@@ -22,6 +22,7 @@ use subtle::ConstantTimeEq;
 
 use crate::lifetime::{Found, HostHold, Sandbox, Sandboxes};
 use route::Target;
+pub(crate) use route::host_of;
 
 /// The proxy's router: everything goes to one handler.
 pub fn router(sandboxes: Arc<Sandboxes>) -> Router {
@@ -78,6 +79,8 @@ fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<
     };
     let class = match (port, usage) {
         (ENVD_PORT, Usage::Transfer) => HoldClass::Transfer,
+        // A cell, or the wait for one's events: what the agent counts it as, so that one policy is for both.
+        (CODE_PORT, _) if is_below(path, "/execute") || is_below(path, "/executions") => HoldClass::Code,
         (ENVD_PORT | CODE_PORT, _) => HoldClass::Call,
         _ => HoldClass::GuestPort,
     };
@@ -98,6 +101,11 @@ fn admit(sandboxes: &Arc<Sandboxes>, request: &Request) -> Result<Admitted, Box<
         Some(hold)
     };
     Ok(Admitted { sandbox, port, usage, hold, browser })
+}
+
+/// Whether a path is this one or below it.
+fn is_below(path: &str, top: &str) -> bool {
+    path.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// A path may be of any length; a hold's origin is for people.

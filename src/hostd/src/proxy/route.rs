@@ -8,6 +8,7 @@ use axum::http::{HeaderMap, Method, Uri, header};
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CODE_PORT, ENVD_PORT};
 
+use super::is_below;
 use crate::ids;
 use crate::lifetime::{Found, Sandboxes};
 
@@ -76,9 +77,7 @@ fn named(found: Found, port: u16) -> Target {
 }
 
 fn default_port(uri: &Uri) -> u16 {
-    let code =
-        CODE_PATHS.iter().any(|path| uri.path() == *path || uri.path().starts_with(&format!("{path}/")));
-    if code { CODE_PORT } else { ENVD_PORT }
+    if CODE_PATHS.iter().any(|path| is_below(uri.path(), path)) { CODE_PORT } else { ENVD_PORT }
 }
 
 fn by_headers(headers: &HeaderMap) -> Result<Option<(String, u16)>, Refusal> {
@@ -102,7 +101,8 @@ fn parse_port(text: &str) -> Option<u16> {
     text.parse().ok().filter(|port| canonical && *port != 0)
 }
 
-fn host_of(request: &Request) -> Option<&str> {
+/// The host name, and perhaps a port, that the client asked for.
+pub(crate) fn host_of(request: &Request) -> Option<&str> {
     let header = request.headers().get(header::HOST).and_then(|value| value.to_str().ok());
     header.or_else(|| request.uri().authority().map(|authority| authority.as_str()))
 }
@@ -189,7 +189,9 @@ mod tests {
     #[test]
     fn the_code_interpreters_paths_go_to_its_port() {
         let port = |path: &str| default_port(&path.parse().unwrap());
-        assert_eq!((port("/execute"), port("/contexts/a/restart")), (CODE_PORT, CODE_PORT));
+        for path in ["/execute", "/executions", "/executions/a/events", "/contexts/a/restart"] {
+            assert_eq!(port(path), CODE_PORT, "{path}");
+        }
         assert_eq!((port("/executes"), port("/health")), (ENVD_PORT, ENVD_PORT));
     }
 }
