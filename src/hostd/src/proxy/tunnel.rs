@@ -6,10 +6,10 @@ use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{HeaderMap, StatusCode, Version, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use axum::response::Response;
 use guestd_idle::HoldClass;
-use guestd_protocol::CONTROL_HEADER;
+use guestd_protocol::{CODE_PORT, CONTROL_HEADER};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -19,6 +19,9 @@ use super::forward::gone;
 use super::{Admitted, answers};
 use crate::lifetime::{HostHold, Sandbox};
 use crate::link::LinkError;
+
+/// The agent's code door names the cell that it runs in its answer.
+const EXECUTION_ID: &str = "x-execution-id";
 
 /// Sends the request and streams the answer back.
 pub(super) async fn to_port(admitted: Admitted, request: Request) -> Response {
@@ -65,6 +68,7 @@ async fn exchange(
     let (mut parts, body) = request.into_parts();
     parts.version = Version::HTTP_11;
     parts.headers.remove(CONTROL_HEADER);
+    join_cookies(&mut parts.headers);
     // The server sees the path, as it would without a proxy, and the host name that the client used.
     if let Some(authority) = parts.uri.authority().cloned()
         && !parts.headers.contains_key(header::HOST)
@@ -79,6 +83,8 @@ async fn exchange(
     }
     let request = Request::from_parts(parts, ProxiedBody::request(body, sandbox, hold.clone()));
     let mut response = sender.send_request(request).await?;
+    // The agent's own hold tells from here on whether the cell runs: one that is over, and whose events nobody takes, is no use.
+    let hold = hold.filter(|_| port != CODE_PORT || !response.headers().contains_key(EXECUTION_ID));
     if response.status() == StatusCode::SWITCHING_PROTOCOLS
         && let Some(client) = client
     {
@@ -87,6 +93,17 @@ async fn exchange(
         return Ok(response.map(|_| Body::empty()));
     }
     Ok(response.map(|body| ProxiedBody::response(Body::new(body), sandbox, hold)))
+}
+
+/// HTTP/2 clients may send each cookie in a field of its own, HTTP/1.1 servers read one (RFC 9113 section 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(|value| value.as_bytes()).collect();
+    if cookies.len() < 2 {
+        return;
+    }
+    if let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 fn is_upgrade(headers: &HeaderMap) -> bool {
@@ -152,5 +169,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cookies_that_came_apart_arrive_together() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::COOKIE, HeaderValue::from_static("a=1; b=2"));
+        join_cookies(&mut headers);
+        assert_eq!(headers[header::COOKIE], "a=1; b=2");
+        headers.append(header::COOKIE, HeaderValue::from_static("c=3"));
+        headers.append(header::COOKIE, HeaderValue::from_static("d=4"));
+        join_cookies(&mut headers);
+        let joined: Vec<_> = headers.get_all(header::COOKIE).iter().collect();
+        assert_eq!(joined, ["a=1; b=2; c=3; d=4"]);
     }
 }
