@@ -14,6 +14,7 @@ mod simulate;
 mod steps;
 mod supervisor;
 mod test;
+mod trust;
 mod up;
 mod workspace;
 

@@ -64,6 +64,8 @@ pub struct Supervisor {
     child: Child,
     pub api: String,
     pub proxy: String,
+    /// With `--tls-listen`.
+    pub tls: Option<String>,
 }
 
 impl Supervisor {
@@ -85,11 +87,11 @@ impl Supervisor {
             command.stderr(file);
         }
         let child = command.spawn().with_context(|| format!("cannot run {}", settings.program.display()))?;
-        let mut supervisor = Self { child, api: String::new(), proxy: String::new() };
+        let mut supervisor = Self { child, api: String::new(), proxy: String::new(), tls: None };
         let stdout = supervisor.child.stdout.take().context("hostd has no standard output")?;
         match wait_for_ready(stdout) {
-            Ok((api, proxy)) => {
-                (supervisor.api, supervisor.proxy) = (api, proxy);
+            Ok((api, proxy, tls)) => {
+                (supervisor.api, supervisor.proxy, supervisor.tls) = (api, proxy, tls);
                 Ok(supervisor)
             }
             Err(error) => {
@@ -142,7 +144,7 @@ impl Drop for Supervisor {
 }
 
 /// Reads lines until the one that names the addresses, and goes on passing lines through after it.
-fn wait_for_ready(stdout: ChildStdout) -> Result<(String, String)> {
+fn wait_for_ready(stdout: ChildStdout) -> Result<Addresses> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
@@ -161,10 +163,13 @@ fn wait_for_ready(stdout: ChildStdout) -> Result<(String, String)> {
     })
 }
 
-fn ready_addresses(line: &str) -> Option<(String, String)> {
+/// Of the API, the proxy, and TLS if there is any.
+type Addresses = (String, String, Option<String>);
+
+fn ready_addresses(line: &str) -> Option<Addresses> {
     let words = line.strip_prefix("ready ")?;
     let value = |name: &str| words.split(' ').find_map(|word| word.strip_prefix(name)).map(str::to_owned);
-    Some((value("api=")?, value("proxy=")?))
+    Some((value("api=")?, value("proxy=")?, value("tls=")))
 }
 
 /// An address on this machine that nothing listens on.
@@ -180,8 +185,10 @@ mod tests {
     #[test]
     fn the_addresses_are_read_from_the_ready_line() {
         let line = "ready api=http://127.0.0.1:3000 proxy=http://127.0.0.1:3002";
-        let expected = ("http://127.0.0.1:3000".to_owned(), "http://127.0.0.1:3002".to_owned());
-        assert_eq!(ready_addresses(line), Some(expected));
+        let (api, proxy) = ("http://127.0.0.1:3000".to_owned(), "http://127.0.0.1:3002".to_owned());
+        assert_eq!(ready_addresses(line), Some((api.clone(), proxy.clone(), None)));
+        let tls = Some("https://127.0.0.1:3443".to_owned());
+        assert_eq!(ready_addresses(&format!("{line} tls=https://127.0.0.1:3443")), Some((api, proxy, tls)));
         assert_eq!(ready_addresses("not ready api=x proxy=y"), None);
         assert_eq!(ready_addresses("ready api=x"), None);
     }
