@@ -11,6 +11,7 @@ mod link;
 mod listen;
 mod logs;
 mod logs_command;
+mod memory;
 mod metrics;
 mod proxy;
 mod runtime;

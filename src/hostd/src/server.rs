@@ -22,7 +22,7 @@ use crate::runtime::simulated::Simulated;
 use crate::runtime::{Images, Runtime, Size, kvm};
 use crate::store::Store;
 use crate::tls::Certificates;
-use crate::{deno, listen, proxy, tls};
+use crate::{deno, listen, memory, proxy, tls};
 
 /// How often old tombstones are looked for.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(60);
@@ -97,6 +97,7 @@ pub async fn serve(config: Serve) -> Result<()> {
     tokio::spawn(listen::serve(api_listener, Speaks::Plain, places, control));
     tokio::spawn(listen::serve(proxy_listener, Speaks::Plain, places, data_plane));
     tokio::spawn(expire(Arc::clone(&sandboxes)));
+    tokio::spawn(memory::give_back_at_rest(Arc::clone(&sandboxes)));
     let mut out = std::io::stdout();
     writeln!(out, "{ready}").and_then(|()| out.flush())?;
 

@@ -239,6 +239,8 @@ pub struct Sandboxes {
     pub store: Store,
     pub metrics: Metrics,
     pub ended_logs: Ended,
+    /// Told of each sandbox that is entered or left.
+    pub came_or_went: Notify,
     table: RwLock<Table>,
     /// Boots under way: more at once than processors only make each slower.
     boots: Semaphore,
@@ -257,6 +259,7 @@ impl Sandboxes {
             boots: Semaphore::new(boots),
             table: RwLock::default(),
             ended_logs: Ended::default(),
+            came_or_went: Notify::new(),
             setup,
             store,
             metrics,
@@ -358,6 +361,7 @@ impl Sandboxes {
     fn enter(self: &Arc<Self>, sandbox: Arc<Sandbox>, place: tokio::sync::OwnedSemaphorePermit) {
         self.write().live.insert(sandbox.record.id.clone(), Arc::clone(&sandbox));
         self.metrics.running.inc();
+        self.came_or_went.notify_one();
         let sandboxes = Arc::clone(self);
         tokio::spawn(async move {
             driver::drive(&sandboxes, &sandbox).await;
@@ -374,6 +378,7 @@ impl Sandboxes {
     fn leave(&self, id: &str) {
         if self.write().live.remove(id).is_some() {
             self.metrics.running.dec();
+            self.came_or_went.notify_one();
         }
     }
 
