@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 from harness.processes import wait_until
 from harness.together import all_at_once
-from harness.vm_slots import room_to_boot
+from harness.vm_slots import two_boots
 
 IDLE = 60
 JOB = 180
@@ -33,7 +33,7 @@ ON_ITS_WAY = 0.1
 
 
 def create(machines, **metadata) -> Sandbox:
-    with room_to_boot():
+    with two_boots:
         return Sandbox.create(metadata={"idle_timeout": str(IDLE), **metadata}, **machines.sdk())
 
 
@@ -245,6 +245,6 @@ HAZARDS = [
 
 
 @pytest.mark.takes(280)
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(500)
 def test_none_of_the_four_families_of_failures(machines, subtests):
     all_at_once(subtests, HAZARDS, machines)

@@ -11,7 +11,7 @@ import pytest
 from e2b import Sandbox
 
 from harness.together import all_at_once
-from harness.vm_slots import room_to_boot
+from harness.vm_slots import two_boots
 
 IDLE = 60
 # The last answer's own way from hostd to this process; hostd counted before it.
@@ -19,7 +19,7 @@ ON_ITS_WAY = 0.1
 
 
 def create(machines, **options) -> Sandbox:
-    with room_to_boot():
+    with two_boots:
         return Sandbox.create(metadata={"idle_timeout": str(IDLE)}, **options, **machines.sdk())
 
 

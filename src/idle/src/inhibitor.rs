@@ -173,6 +173,15 @@ mod tests {
     }
 
     #[test]
+    fn a_smaller_budget_ends_those_alive() {
+        let mut all = Inhibitors::new(seconds(100));
+        let (id, _) = all.take(seconds(90), at(0)).unwrap();
+        all.set_budget(seconds(30));
+        assert!(all.expire(at(29)).is_empty());
+        assert_eq!(all.expire(at(30)), [id]);
+    }
+
+    #[test]
     fn a_guest_cannot_keep_more_than_a_handful() {
         let mut all = Inhibitors::new(seconds(100));
         for _ in 0..INHIBITOR_LIMIT {
