@@ -290,7 +290,7 @@ def test_a_deleted_default_context_is_made_anew_when_it_is_asked_for(fresh):
 
 def test_what_a_kernel_started_ends_with_its_context(door):
     made = door.create()["id"]
-    code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'], start_new_session=True)\nchild.pid"
+    code = "import subprocess\nchild = subprocess.Popen(['sleep', '1000'])\nchild.pid"
     pid = int(door.run(code, context_id=made).text)
     door.delete(made)
     wait_until(lambda: not alive(pid), within=10, what="the child of the kernel is gone")

@@ -137,7 +137,7 @@ def test_a_client_need_not_wait_for_a_kernel_that_never_starts(hostile):
 
 
 @pytest.mark.parametrize(
-    "mode", ["foreign", "forged", "garbage", "bad-fields", "early-idle", "twice", "no-reply", "deep", "many-frames", "liar"]
+    "mode", ["foreign", "forged", "garbage", "bad-fields", "early-idle", "twice", "no-reply", "many-frames", "liar"]
 )
 def test_what_is_no_message_of_the_cell_is_not_in_the_cell(hostile, mode):
     made = hostile.door.create(language=mode)["id"]
@@ -148,6 +148,13 @@ def test_what_is_no_message_of_the_cell_is_not_in_the_cell(hostile, mode):
         assert cell.stdout.replace("with buffers ", "").replace("nowhere", "").replace("7", "") == f"said cell {n}", str(cell)
         if mode in ("foreign", "forged", "early-idle", "twice", "garbage"):
             assert cell.error is None, cell.error
+
+
+def test_json_that_no_parser_could_follow_ends_nobody(hostile):
+    made = hostile.door.create(language="deep")["id"]
+    # Not read as JSON here either.
+    lines = hostile.door.ask(code="x", context_id=made).content.splitlines()
+    assert any(b'"said x"' in line for line in lines) and b"end_of_execution" in lines[-1]
 
 
 @pytest.mark.takes(20)

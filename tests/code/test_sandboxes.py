@@ -189,6 +189,17 @@ def the_javascript_sdk_runs_code(sandbox):
     ]
 
 
+def what_a_cell_started_ends_with_its_context(sandbox):
+    made = sandbox.create_code_context(request_timeout=PATIENCE)
+    sandbox.run_code(
+        "import subprocess\nsubprocess.Popen(['sleep', '54321'], start_new_session=True)", context=made, timeout=PATIENCE
+    )
+    look = lambda: int(sandbox.commands.run("cat /proc/[0-9]*/comm | grep -xc sleep; true").stdout)  # noqa: E731
+    assert look() == 1
+    sandbox.remove_code_context(made)
+    wait_until(lambda: look() == 0, within=10, what="what the kernel started is gone")
+
+
 def a_kernel_that_dies_is_reported_and_replaced(sandbox):
     assert sandbox.run_code("import os; os._exit(3)").error.name == "KernelDied"
     assert sandbox.run_code("40 + 2", timeout=PATIENCE).text == "42"
@@ -235,6 +246,7 @@ STEPS = [
     ten_megabytes_arrive_whole,
     the_asynchronous_sdk_runs_code,
     the_javascript_sdk_runs_code,
+    what_a_cell_started_ends_with_its_context,
     a_kernel_that_dies_is_reported_and_replaced,
     a_kill_in_the_middle_of_a_cell_is_told,
 ]

@@ -40,7 +40,7 @@ CASES = {
     "megabytes": 3_000_001,
     "table": True,
     "figure": "iVBOR",
-    "extra": {"text": "t", "formats": ["text", "application/x-ours"], "extra": {"application/x-ours": {"a": 1}}},
+    "extra": {"text": "t", "extra": {"application/x-ours": {"a": 1}}},
     "kernel-dies": ["KernelDied", "2"],
     "at-once": [f"answer {n}" for n in range(12)],
     "side-by-side": {"texts": ["0", "1", "2"], "soon": True},

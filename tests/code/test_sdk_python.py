@@ -183,11 +183,6 @@ def test_a_kernel_that_dies_is_an_error_and_the_next_call_works(sandbox, own):
     assert sandbox.run_code("1 + 1", context=own).text == "2"
 
 
-def test_a_cell_leaves_as_json(sandbox, own):
-    execution = sandbox.run_code("print('a')\n{'b': 1}", context=own)
-    assert '"stdout": ["a\\n"]' in execution.to_json()
-
-
 def test_ten_calls_at_once_do_not_mix(sandbox, own):
     answers = {}
     threads = [

@@ -205,3 +205,14 @@ def test_an_idle_kernel_is_free_before_its_answer_is_read(door, python):
     with door.begin("'unread'", context_id=python) as unread:
         assert wait_until(lambda: door.run("2", context_id=python).text, within=10, what="the next cell") == "2"
         assert unread.rest().text == "unread"
+
+
+@pytest.mark.takes(5)
+def test_a_thread_that_never_stops_printing_spoils_no_cell(door, python):
+    code = "import threading, time\nstop = False\ndef talk():\n    while not stop: print('t' * 100, flush=True)\nthread = threading.Thread(target=talk)\nthread.start()"
+    door.run(code, context_id=python)
+    for n in range(5):
+        cell = door.run(f"'cell {n}'", context_id=python)
+        assert cell.text == f"cell {n}"
+    assert door.run("stop = True\nthread.join()\n'over'", context_id=python).text == "over"
+    assert door.run("print('quiet')", context_id=python).stdout == "quiet\n"
