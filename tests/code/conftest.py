@@ -3,13 +3,12 @@
 import fcntl
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from harness import kernels, locations
+from harness import kernels
 from harness.code import CodeAgent, Door
 from harness.planes import Accounts
 
@@ -31,43 +30,11 @@ def once(tmp_path_factory):
     return text
 
 
-class Passable(Accounts):
-    """Accounts whose `user` reaches the kernels' programs, though they be below a folder that only root may enter."""
-
-    def __init__(self):
-        super().__init__()
-        (self.folder / "layers").mkdir()
-
-    @property
-    def wrapper(self) -> list[str]:
-        closed = {str(folder) for folder in map(first_closed, PROGRAMS) if folder}
-        if not closed:
-            return super().wrapper
-        # In the agent's own mount namespace, over the folder lies an open one through which everything of it is seen.
-        layers = [f"mount -t tmpfs -o mode=755 tmpfs {self.folder}/layers"]
-        for number, folder in enumerate(sorted(closed)):
-            layer = f"{self.folder}/layers/{number}"
-            layers += [
-                f"mkdir -m 755 {layer} {layer}/up {layer}/work",
-                f"mount -t overlay overlay -o lowerdir={folder},upperdir={layer}/up,workdir={layer}/work {folder}",
-            ]
-        return [*super().wrapper, "sh", "-c", " && ".join([*layers, 'exec "$@"']), "sh"]
-
-
-# What kernels read that are programs of the tests' environment.
-PROGRAMS = (Path(sys.executable).resolve(), Path(sys.prefix), locations.REPOSITORY)
-
-
-def first_closed(path: Path) -> Path | None:
-    """The uppermost folder on the way to `path` that others than its owner may not pass."""
-    return next((folder for folder in reversed(path.parents) if not folder.stat().st_mode & 0o001), None)
-
-
 @pytest.fixture(scope="session")
 def accounts():
     if os.geteuid() != 0:
         pytest.skip("the code door was not tested alone: the agent needs root to run kernels as another user")
-    made = Passable()
+    made = Accounts()
     made.require()
     yield made
     made.close()
@@ -77,7 +44,7 @@ def accounts():
 def kernel_specs():
     """A folder of specs for the kernels that the tests' environment carries, readable by everybody."""
     folder = Path(tempfile.mkdtemp(prefix="kernels-", dir="/tmp"))
-    yield kernels.write_specs(folder)
+    yield kernels.specs(folder)
     shutil.rmtree(folder)
 
 
