@@ -61,7 +61,7 @@ def test_ten_megabytes_in_many_prints_arrive_whole_and_in_order(door, python):
     assert len(lines) == 100_000 and all(int(line) == n for n, line in enumerate(lines))
 
 
-@pytest.mark.takes(20)
+@pytest.mark.takes(50)
 def test_the_agents_memory_is_flat_under_a_hundred_megabytes(fresh):
     agent = fresh()
     code = "for n in range(10_000):\n    print('y' * 999)"
@@ -81,8 +81,9 @@ def test_the_agents_memory_is_flat_under_a_hundred_megabytes(fresh):
         assert len(agent.door.run(code).stdout) == 10 * MEGABYTE
     done.set()
     watcher.join()
-    assert agent.memory() - before < 8 * MEGABYTE, f"{before} -> {agent.memory()}"
-    assert peak - before < 32 * MEGABYTE, f"{before} -> {peak}"
+    assert peak - before < 48 * MEGABYTE, f"{before} -> {peak}"
+    # On a busy machine the agent's queues fill; what they took goes back when it has been idle for half a minute.
+    wait_until(lambda: agent.memory() - before < 4 * MEGABYTE, within=50, what=f"{before} bytes again")
 
 
 @pytest.mark.takes(10)
