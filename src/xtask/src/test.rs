@@ -44,7 +44,8 @@ fn end_to_end(options: &Options) -> Result<()> {
     let hostd = steps::step("build hostd", || workspace::build("hostd", "release"))?;
     // The container runtime needs the tree, and the tree needs root; without root its tests skip themselves.
     for template in ["base", "code-interpreter-v1"] {
-        let image = image::Options { template: template.into(), tree: workspace::is_root(), ..Default::default() };
+        let image =
+            image::Options { template: template.into(), tree: workspace::is_root(), ..Default::default() };
         image::build(&image, &guestd)?;
     }
 
