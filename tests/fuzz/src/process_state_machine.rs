@@ -61,6 +61,8 @@ struct Machine {
     router: Router,
     streams: Vec<Stream>,
     pids: BTreeSet<u64>,
+    /// Children that were there before: libFuzzer starts a symbolizer when an input reaches a new function, and keeps it.
+    strangers: BTreeSet<u32>,
 }
 
 pub fn run(data: &[u8]) {
@@ -73,7 +75,9 @@ pub fn run(data: &[u8]) {
         }
     }
     agent::block_on(async {
-        let mut machine = Machine { router: agent::fresh(), streams: Vec::new(), pids: BTreeSet::new() };
+        let strangers = children();
+        let mut machine =
+            Machine { router: agent::fresh(), streams: Vec::new(), pids: BTreeSet::new(), strangers };
         for step in steps {
             machine.take(&step).await;
             machine.look(Duration::ZERO).await;
@@ -222,9 +226,10 @@ impl Machine {
             self.look(Duration::from_millis(2)).await;
             assert!(begun.elapsed() < END, "{listed:?} or their streams do not end");
         }
+        let strangers = std::mem::take(&mut self.strangers);
         drop(self);
         // What streams and processes held is let go of by tasks.
-        while has_children() {
+        while !children().is_subset(&strangers) {
             assert!(begun.elapsed() < END, "a child was not reaped");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
@@ -242,12 +247,13 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
 
-/// Living or dead, but not waited for.
-fn has_children() -> bool {
-    let flags = nix::sys::wait::WaitPidFlag::WNOHANG
-        | nix::sys::wait::WaitPidFlag::WNOWAIT
-        | nix::sys::wait::WaitPidFlag::WEXITED;
-    nix::sys::wait::waitid(nix::sys::wait::Id::All, flags) != Err(nix::errno::Errno::ECHILD)
+/// Living or dead, but not waited for (proc_pid_children(5)). Any thread may have started them.
+fn children() -> BTreeSet<u32> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("the own threads").flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 impl Stream {
