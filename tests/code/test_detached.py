@@ -223,7 +223,8 @@ def test_one_execution_that_never_stops_talking_does_not_fill_the_memory(fresh):
         peak = max(peak, agent.memory())
     assert peak - before < 200_000_000, f"{before} -> {peak}"
     agent.door.http.delete(f"/executions/{started}")
-    wait_until(lambda: agent.door.execute("1 + 1").text == "2", within=15, what="the context is free")
+    # What the kernel has said by then is on its way first.
+    wait_until(lambda: agent.door.execute("1 + 1").text == "2", within=60, what="the context is free")
 
 
 @pytest.mark.takes(6)

@@ -77,10 +77,12 @@ def test_the_agents_memory_is_flat_under_a_hundred_megabytes(fresh):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for _ in range(10):
-        assert len(agent.door.run(code).stdout) == 10 * MEGABYTE
-    done.set()
-    watcher.join()
+    try:
+        for _ in range(10):
+            assert len(agent.door.run(code).stdout) == 10 * MEGABYTE
+    finally:
+        done.set()
+        watcher.join()
     assert peak - before < 48 * MEGABYTE, f"{before} -> {peak}"
     # On a busy machine the agent's queues fill; what they took goes back when it has been idle for half a minute.
     wait_until(lambda: agent.memory() - before < 4 * MEGABYTE, within=50, what=f"{before} bytes again")
@@ -114,7 +116,7 @@ def test_a_client_that_never_reads_does_not_fill_the_memory(fresh):
             peak = max(peak, agent.memory())
         assert peak - before < 150 * MEGABYTE, f"{before} -> {peak}"
         assert door.run("1 + 1").text == "2", "another context is not held up"
-    wait_until(lambda: door.execute("1 + 1", context_id=context).text == "2", within=20, what="the context is free")
+    wait_until(lambda: door.execute("1 + 1", context_id=context).text == "2", within=60, what="the context is free")
     assert agent.memory() - before < 150 * MEGABYTE
 
 
