@@ -159,3 +159,33 @@ async fn http(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, rout
         tracing::debug!(%error, "a connection broke off");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt as _;
+
+    use super::*;
+
+    async fn ask(stream: &mut TcpStream) -> bool {
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        let answered = timeout(Duration::from_millis(300), stream.read_exact(&mut answer)).await;
+        answered.is_ok_and(|read| read.is_ok() && &answer == b"HTTP/1.1 404")
+    }
+
+    #[tokio::test]
+    async fn one_connection_more_than_there_are_places_waits_and_is_served_when_one_goes() {
+        let listener = bind("--test", "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, Speaks::Plain, 2, Router::new()));
+        let mut first = TcpStream::connect(address).await.unwrap();
+        let mut second = TcpStream::connect(address).await.unwrap();
+        let mut third = TcpStream::connect(address).await.unwrap();
+        assert!(ask(&mut first).await && ask(&mut second).await);
+        assert!(!ask(&mut third).await);
+        drop(first);
+        let mut answer = [0; 12];
+        timeout(Duration::from_secs(10), third.read_exact(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 404");
+    }
+}
