@@ -253,7 +253,8 @@ mod tests {
         assert!(!short(1.9).fails(Gate::Margin(2.0)));
         assert!(short(2.1).fails(Gate::Margin(2.0)));
         assert!(!short(100.0).fails(Gate::Open));
-        assert!(!Reading::absent("not built yet").fails(Gate::Exact));
+        let undecided = Judgement { verdict: Verdict::NotDecided, miss: 0.0 };
+        assert!(!Reading::new(0.0, "", undecided).fails(Gate::Exact));
         assert!(Reading::failed(&anyhow::anyhow!("lost")).fails(Gate::Open));
     }
 
