@@ -26,8 +26,12 @@ const QUEUE: usize = 256;
 const TELL_AGAIN: Duration = Duration::from_secs(2);
 const GIVE_UP: Duration = Duration::from_secs(10);
 
-/// How long the second half of a cell's end is waited for: the reply and the idle state come on different sockets, and some kernels forget one.
+/// How long a kernel may be silent before the second half of a cell's end: the reply and the idle state come on different sockets, and some kernels
+/// forget one.
 const SETTLE: Duration = Duration::from_secs(2);
+
+/// How long the second half is waited for while the kernel still talks: what it has printed may be far behind its reply.
+const HEAR_OUT: Duration = Duration::from_secs(120);
 
 /// How long the agent's own code may take in a kernel.
 const OWN_LIMIT: Duration = Duration::from_secs(30);
@@ -455,6 +459,7 @@ impl Driver {
         let mut stopping: Option<(Why, Instant)> = None;
         let mut told_again = false;
         let mut settle: Option<Instant> = None;
+        let mut heard_out: Option<Instant> = None;
         loop {
             let why = tokio::select! {
                 // Not in order: a flood of output must not keep an order from being heard.
@@ -466,8 +471,9 @@ impl Driver {
                     if hearing.replied && hearing.idle {
                         break;
                     }
-                    if (hearing.replied || hearing.idle) && settle.is_none() {
-                        settle = Some(Instant::now() + SETTLE);
+                    if hearing.replied || hearing.idle {
+                        let last = *heard_out.get_or_insert_with(|| Instant::now() + HEAR_OUT);
+                        settle = Some(last.min(Instant::now() + SETTLE));
                     }
                     continue;
                 }
@@ -491,7 +497,8 @@ impl Driver {
                     hearing.settled_half();
                     break;
                 }
-                () = sleep(stopping.map(|(_, since)| since + if told_again { GIVE_UP } else { TELL_AGAIN })) => {
+                // A kernel that replied has stopped, however much of its output is still to come.
+                () = sleep(stopping.map(|(_, since)| since + if told_again { GIVE_UP } else { TELL_AGAIN })), if !hearing.replied => {
                     if told_again {
                         let why = format!("the kernel did not stop within {} s of an interrupt", GIVE_UP.as_secs());
                         if let Some(cell) = cell
