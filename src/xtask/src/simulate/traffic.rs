@@ -24,6 +24,9 @@ const LATE: Duration = Duration::from_secs(1);
 /// The last answer's way from hostd to the client; hostd counted before it.
 const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
+/// One client in so many may be late: on a machine with other work some are, and all of them would be, were hostd early.
+const LATE_CLIENTS: u64 = 100;
+
 /// Before the deadline: the client looks whether it still runs. After it: how often it asks whether it ended.
 const LOOK: Duration = Duration::from_millis(300);
 const ASK: Duration = Duration::from_millis(50);
@@ -53,6 +56,8 @@ struct Shared {
     all: usize,
     calls: AtomicU64,
     releases: Mutex<Vec<Release>>,
+    /// Released in time by hostd's count, and too early by their client's, which ran late itself.
+    late_clients: AtomicU64,
 }
 
 pub async fn run(world: World, sandboxes: usize, length: Duration, picture: Option<&Path>) -> Result<()> {
@@ -69,6 +74,7 @@ pub async fn run(world: World, sandboxes: usize, length: Duration, picture: Opti
         all: sandboxes,
         calls: AtomicU64::new(0),
         releases: Mutex::default(),
+        late_clients: AtomicU64::new(0),
         world,
     });
     let begun = Instant::now();
@@ -98,6 +104,11 @@ pub async fn run(world: World, sandboxes: usize, length: Duration, picture: Opti
     }
     let busy = (hostd.cpu()?.saturating_sub(cpu)).as_secs_f64() / at.elapsed().as_secs_f64();
     let releases = shared.releases.lock().await.clone();
+    let late = shared.late_clients.load(Ordering::Relaxed);
+    println!(
+        "{late} clients were kept waiting by this machine for so long that they took their release for an early one"
+    );
+    ensure!(late * LATE_CLIENTS <= releases.len() as u64, "that many releases were early");
     report(&releases, shared.calls.load(Ordering::Relaxed), at.elapsed(), busy)?;
     if let Some(path) = picture {
         plot::draw(path, &releases, idle)?;
@@ -206,7 +217,11 @@ async fn leave(shared: &Shared, sandbox: &Sandbox, last: Instant, chance: &mut C
     client.health(sandbox).await?;
     tokio::time::sleep_until((due - LOOK).into()).await;
     let told = client.explain(sandbox).await?;
-    ensure!(told["state"] != "ended", "{} ended early: {told}", sandbox.id);
+    if told["state"] == "ended" {
+        let idle_for = told["ended"]["idle_for_s"].as_f64().unwrap_or_default();
+        ensure!(idle_for >= idle.as_secs_f64(), "{} ended early: {told}", sandbox.id);
+        shared.late_clients.fetch_add(1, Ordering::Relaxed);
+    }
     loop {
         tokio::time::sleep_until((due.max(Instant::now()) + ASK).into()).await;
         let told = client.explain(sandbox).await?;
