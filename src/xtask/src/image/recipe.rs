@@ -231,8 +231,10 @@ mod tests {
         assert!(error.contains("package"), "{error}");
     }
 
-    /// Templates by name: each a recipe, and files by their path in its folder.
-    fn templates(recipes: &[(&str, &str, &[(&str, &str)])]) -> tempfile::TempDir {
+    /// A name, a recipe, and files by their path in the template's folder.
+    type Example<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+
+    fn templates(recipes: &[Example<'_>]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for (name, recipe, files) in recipes {
             let of = folder.path().join(name);
