@@ -5,6 +5,7 @@ takes half a minute."""
 import json
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,20 +24,27 @@ def specs(folder: Path, for_others: bool = True) -> Path:
 
     Whoever runs the kernels must be able to read it and the tests' environment, but not this repository.
     """
-    for place in (PROGRAMS, Path(sys.executable).resolve().parent) if for_others else ():
-        closed = [path for path in (place, *place.parents) if not path.stat().st_mode & stat.S_IXOTH]
-        if closed:
+    programs = PROGRAMS
+    if for_others:
+        if closed := _closed(Path(sys.executable).resolve().parent):
             pytest.fail(
-                f"no kernel can run as another user: {closed[0]} is closed to others, and {sys.executable} needs it. "
+                f"no kernel can run as another user: {closed} is closed to others, and {sys.executable} needs it. "
                 "Make the tests' environment with /usr/bin/python3, as `cargo xtask test` does",
                 pytrace=False,
             )
+        if _closed(PROGRAMS):
+            # This repository lies where others cannot go: the environment is linked to where they can.
+            linked = subprocess.run(["cp", "-al", PROGRAMS.parent, folder / "environment"], capture_output=True)
+            if linked.returncode != 0:
+                shutil.rmtree(folder / "environment", ignore_errors=True)
+                subprocess.run(["cp", "-a", PROGRAMS.parent, folder / "environment"], check=True)
+            programs = folder / "environment/bin"
     for source in sorted((FILES / "kernels").glob("*/kernel.json")):
         target = folder / source.parent.name
         target.mkdir(parents=True, exist_ok=True)
         spec = json.loads(source.read_text())
         program = Path(spec["argv"][0]).name
-        spec["argv"][0] = str(PROGRAMS / ("python" if program == "python3" else program))
+        spec["argv"][0] = str(programs / ("python" if program == "python3" else program))
         assert Path(spec["argv"][0]).exists(), f"{spec['argv'][0]} is missing: tests/requirements.txt has it"
         # Where the image has our modules, Python and IPython find them by themselves.
         modules = {"python": "guestd_results", "bash": "guestd_bash.py"}.get(spec["language"])
@@ -50,6 +58,11 @@ def specs(folder: Path, for_others: bool = True) -> Path:
         if modules:
             spec.setdefault("env", {})["PYTHONPATH"] = str(target)
         (target / "kernel.json").write_text(json.dumps(spec, indent=1))
-    for path in (folder, *folder.rglob("*")):
+    for path in (folder, *(path for path in folder.rglob("*") if folder / "environment" not in path.parents)):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return folder
+
+
+def _closed(place: Path) -> Path | None:
+    """The first folder on the way to `place` that others cannot enter."""
+    return next((path for path in (place, *place.parents) if not path.stat().st_mode & stat.S_IXOTH), None)

@@ -78,7 +78,8 @@ const NEEDS: &[Need] = &[
         why: "to run the SDKs, and to fetch wheels for a guest image",
         purposes: &[Image, Demo, Container, Test],
         is_there: |_| {
-            let probe = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
+            // The distribution's own: other users can run it (see `python`).
+            let probe = Command::new("/usr/bin/python3").args(["-c", "import ensurepip, venv"]).output();
             probe.is_ok_and(|probe| probe.status.success())
         },
     },
