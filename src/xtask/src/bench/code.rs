@@ -50,7 +50,7 @@ pub const ROWS: &[Row] = &[
     Row {
         name: "code-output",
         title: "agent's memory while a cell writes 10 MB",
-        promise: "grows by <= 4 MiB, no byte lost",
+        promise: "grows by <= 12 MiB, no byte lost",
         gate: Gate::Margin(2.0),
         measure: output,
     },
@@ -313,6 +313,6 @@ fn output(bench: &Bench) -> Result<Reading> {
         .collect();
     ensure!(stdout.len() == 10_000_000, "{} of 10,000,000 bytes came", stdout.len());
     let growth = (peak.into_inner() - before) as f64 / MIB;
-    Ok(Reading::new(growth, MEBIBYTES, Promise::AtMost(4.0).exactly(growth))
-        .note("10,000 lines of 1,000 bytes; looked at each 5 ms"))
+    Ok(Reading::new(growth, MEBIBYTES, Promise::AtMost(12.0).exactly(growth))
+        .note("10,000 lines of 1,000 bytes; looked at each 5 ms; a kernel sends what it printed in 0.2 s as one message"))
 }
