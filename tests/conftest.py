@@ -1,5 +1,6 @@
 """Fixtures: hostd with containers, hostd with microVMs, guestd alone, and sandboxes through the E2B SDK."""
 
+import fcntl
 import os
 
 import pytest
@@ -17,6 +18,23 @@ _running: list = []
 def running():
     """For fixtures elsewhere that start processes: what is in this list is shown when a test fails."""
     return _running
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: the text that `make` returned in the first of the test processes to come here."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+
+    def text(name: str, make) -> str:
+        kept = shared / f"{name}.once"
+        with open(kept.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                kept.write_text(make())
+        return kept.read_text()
+
+    return text
 
 
 def _require(runtime: str) -> None:

@@ -1,6 +1,5 @@
 """Fixtures: guestd alone with kernels of the tests' own environment, contexts in it, and sandboxes of the template."""
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -11,23 +10,6 @@ import pytest
 from harness import kernels
 from harness.code import CodeAgent, Door
 from harness.planes import Accounts
-
-
-@pytest.fixture(scope="session")
-def once(tmp_path_factory):
-    """`once(name, make)`: the text that `make` returned in the first of the test processes to come here."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-
-    def text(name: str, make) -> str:
-        kept = shared / f"{name}.once"
-        with open(kept.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not kept.exists():
-                kept.write_text(make())
-        return kept.read_text()
-
-    return text
 
 
 @pytest.fixture(scope="session")

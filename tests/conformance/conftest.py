@@ -1,6 +1,5 @@
 """Fixtures: the planes on which each case runs, and the map from the contract to the cases."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -56,23 +55,6 @@ def pytest_collection_finish(session):
         else:
             print(f"\n{render(found)}\n{cases} cases, {machines} of them through hostd as well")
         pytest.exit("the contract map was asked for", returncode=0)
-
-
-@pytest.fixture(scope="session")
-def once(tmp_path_factory):
-    """`once(name, make)`: the text that `make` returned in the first of the test processes to come here."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-
-    def text(name: str, make) -> str:
-        kept = shared / f"{name}.once"
-        with open(kept.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not kept.exists():
-                kept.write_text(make())
-        return kept.read_text()
-
-    return text
 
 
 @pytest.fixture(scope="session")
