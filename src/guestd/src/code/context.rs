@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::cell::Cell;
-use super::event::{self, Failure, Heard};
-use super::kernel::{Kernel, KernelState, how, is_idle};
-use super::link::{Channel, LinkError, Said};
+use super::event;
+use super::hearing::{Hearing, lost, rest};
+use super::kernel::{Kernel, KernelState};
+use super::link::Channel;
 use super::spec::Dialect;
 use super::{Interpreter, variables};
 
@@ -28,19 +28,13 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 
 /// How long a kernel may be silent before the second half of a cell's end: the reply and the idle state come on different sockets, and some kernels
 /// forget one.
-const SETTLE: Duration = Duration::from_secs(2);
+pub const SETTLE: Duration = Duration::from_secs(2);
 
 /// How long the second half is waited for while the kernel still talks: what it has printed may be far behind its reply.
 const HEAR_OUT: Duration = Duration::from_secs(120);
 
 /// How long the agent's own code may take in a kernel.
 const OWN_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long what a kernel sent before its end is read.
-const LAST_WORDS: Duration = Duration::from_millis(200);
-
-/// How long a broken connection may be ahead of the end of its process.
-const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// A reply to who waits; the error is a text for people.
 pub type Reply = oneshot::Sender<Result<(), String>>;
@@ -134,7 +128,7 @@ pub fn create(
 
 /// Why a request to a kernel did not run to its own end.
 #[derive(Debug)]
-enum Stop {
+pub enum Stop {
     /// The kernel is gone, with everything that it knew.
     Lost(String),
     Restart(Reply),
@@ -147,12 +141,6 @@ enum Why {
     ClientGone,
     TimedOut,
     Asked,
-}
-
-#[derive(Deserialize)]
-struct Status<'a> {
-    #[serde(borrow)]
-    status: Option<&'a str>,
 }
 
 #[derive(Debug)]
@@ -547,41 +535,6 @@ impl Driver {
     }
 }
 
-/// Waits until a kernel that rests is lost; what it says meanwhile is nobody's.
-async fn rest(kernel: &mut Option<Kernel>) -> String {
-    let Some(kernel) = kernel else { return std::future::pending().await };
-    loop {
-        tokio::select! {
-            ended = kernel.service.wait() => return format!("the kernel {}", how(ended)),
-            received = kernel.link.receive() => if let Err(error) = received {
-                return death(kernel, Some(&error)).await;
-            },
-        }
-    }
-}
-
-/// What a kernel that is gone died of. Its connection breaks a moment before its end is known, or the other way round.
-async fn death(kernel: &mut Kernel, error: Option<&LinkError>) -> String {
-    match tokio::time::timeout(END_LIMIT, kernel.service.wait()).await {
-        Ok(ended) => {
-            let memory = if kernel.service.ran_out_of_memory() { ", for want of memory" } else { "" };
-            format!("the kernel {}{memory}", how(ended))
-        }
-        Err(_elapsed) => error.map_or_else(|| "the kernel ended".to_owned(), ToString::to_string),
-    }
-}
-
-/// Tells the client of a cell that its kernel is gone, after what the kernel still said.
-async fn lost(kernel: &mut Kernel, error: Option<&LinkError>, mut hearing: Hearing<'_>) -> Stop {
-    let until = Instant::now() + LAST_WORDS;
-    while let Ok(Ok(said)) = timeout_at(until, kernel.link.receive()).await {
-        hearing.hear(&said);
-    }
-    let why = death(kernel, error).await;
-    hearing.fail(&event::error("KernelDied", &format!("{why}; the variables of this context are lost")));
-    Stop::Lost(why)
-}
-
 async fn gone(cell: Option<&Arc<Cell>>) {
     match cell {
         Some(cell) => cell.stopped().await,
@@ -593,109 +546,6 @@ async fn sleep(until: Option<Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
-    }
-}
-
-/// What has been heard of one request.
-struct Hearing<'a> {
-    id: String,
-    cell: Option<&'a Arc<Cell>>,
-    replied: bool,
-    idle: bool,
-    /// The client knows of an error.
-    failed: bool,
-    /// The client has gone.
-    deaf: bool,
-}
-
-impl<'a> Hearing<'a> {
-    fn of(id: String, cell: Option<&'a Arc<Cell>>) -> Self {
-        Self { id, cell, replied: false, idle: false, failed: false, deaf: false }
-    }
-
-    fn hear(&mut self, said: &Said) {
-        let (channel, message) = match said {
-            Said::Message(channel, message) if message.parent == self.id => (*channel, message),
-            Said::Message(..) => return,
-            Said::TooMuch => {
-                return self.show(event::notice("a message of the kernel was too long and is left out"));
-            }
-        };
-        match channel {
-            Channel::Iopub => match event::translate(message) {
-                Heard::Line(line) => self.show(line),
-                Heard::Error(line) => self.fail(&line),
-                Heard::Idle => self.idle = true,
-                Heard::Busy | Heard::Nothing => {}
-            },
-            Channel::Shell if message.kind == "execute_reply" => {
-                self.replied = true;
-                self.judge(message.content());
-            }
-            Channel::Shell | Channel::Control => {}
-        }
-    }
-
-    fn show(&self, line: String) {
-        if let Some(cell) = self.cell.filter(|_| !self.deaf) {
-            cell.output(line);
-        }
-    }
-
-    /// Only the first error of a cell is told (contract: envd.md section 7.2).
-    fn fail(&mut self, line: &str) {
-        if let Some(cell) = self.cell.filter(|_| !self.failed && !self.deaf) {
-            cell.say(line);
-        }
-        self.failed = true;
-    }
-
-    /// Some kernels tell an error in the reply alone.
-    fn judge(&mut self, content: &str) {
-        let status = serde_json::from_str::<Status<'_>>(content)
-            .ok()
-            .and_then(|reply| reply.status.map(str::to_owned));
-        match status.as_deref() {
-            Some("ok") | None => {}
-            Some("error") if self.failed => {}
-            Some("error") => match serde_json::from_str::<Failure<'_>>(content) {
-                Ok(failure) => self.fail(&failure.line()),
-                Err(_) => self.fail(&event::error("Error", "Execution failed")),
-            },
-            // "abort" is what some kernels say of an interrupt.
-            Some("abort") => self.fail(&event::error("KeyboardInterrupt", "")),
-            Some(_) => self.fail(&event::error("ExecutionAborted", "Execution was aborted")),
-        }
-    }
-
-    /// Idle without a reply, or a reply without the idle state.
-    fn settled_half(&mut self) {
-        if !self.replied && !self.failed {
-            self.fail(&event::error(
-                "UnexpectedEndOfExecution",
-                "the kernel gave no reply: it may not have understood the code",
-            ));
-        }
-    }
-
-    /// Waits until everything that the kernel had to say of the cell is here: this kernel's output may come after its idle state. A
-    /// question's own idle state comes behind it.
-    async fn fence(&mut self, kernel: &mut Kernel) {
-        let until = Instant::now() + SETTLE;
-        let Ok(Ok(question)) =
-            timeout_at(until, kernel.link.send(Channel::Shell, "kernel_info_request", "{}")).await
-        else {
-            return;
-        };
-        while let Ok(Ok(said)) = timeout_at(until, kernel.link.receive()).await {
-            if let Said::Message(Channel::Iopub, message) = &said
-                && message.parent == question
-                && is_idle(message)
-            {
-                return;
-            }
-            self.hear(&said);
-        }
     }
 }
 

@@ -8,6 +8,7 @@
 mod cell;
 mod context;
 mod event;
+mod hearing;
 pub mod http;
 mod kernel;
 mod link;
