@@ -256,8 +256,9 @@ def test_a_kernel_that_is_stopped_is_replaced_when_its_client_leaves(door, pytho
     pid = int(door.run("import os; os.getpid()", context_id=python).text)
     leave(door, "print('go', flush=True)\nimport os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", context_id=python)
     began = time.monotonic()
-    wait_until(lambda: door.execute("1 + 1", context_id=python).text == "2", within=15, what="the context answers")
-    assert time.monotonic() - began < 15
+    # Ten seconds until it is given up, and the start of another.
+    wait_until(lambda: door.execute("1 + 1", context_id=python).text == "2", within=30, what="the context answers")
+    assert time.monotonic() - began < 30
     wait_until(lambda: not alive(pid), within=5, what="the stopped kernel is gone")
 
 

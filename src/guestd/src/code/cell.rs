@@ -227,6 +227,8 @@ impl Cell {
     }
 
     fn write(&self, lines: &mut Lines, mut line: String) {
+        // Not twice the room: it may be many megabytes.
+        line.reserve_exact(1);
         line.push('\n');
         let at = self.progress().length;
         let written = match &lines.file {

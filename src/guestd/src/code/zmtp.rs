@@ -7,8 +7,8 @@ use std::io;
 use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// What one message may hold, in bytes. A longer one is read to its end and left out.
-const LIMIT: usize = 128 << 20;
+/// What one message may hold, in bytes: no more of a cell is kept unread. A longer one is read to its end and left out.
+const LIMIT: usize = 64 << 20;
 
 /// How many frames a message may have.
 const FRAMES: usize = 64;
