@@ -241,6 +241,7 @@ STEPS = [
     variables_of_sandbox_and_call_are_there,
     a_cell_is_a_hold_until_it_ends,
     a_detached_cell_is_picked_up_later,
+    the_asynchronous_sdk_runs_code,
     the_javascript_sdk_runs_code,
 ]
 # What is the same code in every sandbox, and slow under emulation.
@@ -248,7 +249,6 @@ MORE = [
     commands_and_cells_share_the_files,
     code_needs_the_sandboxs_token,
     ten_megabytes_arrive_whole,
-    the_asynchronous_sdk_runs_code,
     a_kernel_that_dies_is_reported_and_replaced,
 ]
 # What a container without control groups cannot promise.
