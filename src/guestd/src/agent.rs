@@ -370,6 +370,8 @@ pub async fn serve(
     system.start();
     tokio::spawn(memory::give_back_at_rest(Arc::clone(&activity), logs));
     forward_ports(&config, &activity);
+    // Starting is over, and its code not needed again.
+    memory::unmap_program();
     stop.await;
     Ok(())
 }
