@@ -10,8 +10,15 @@ use anyhow::{Context, Result, bail};
 
 use crate::{steps, workspace};
 
-const TARGETS: [&str; 6] =
-    ["connect_envelope", "json_bodies", "multipart", "path_resolution", "process_state_machine", "signature"];
+const TARGETS: [&str; 7] = [
+    "connect_envelope",
+    "json_bodies",
+    "kernel_messages",
+    "multipart",
+    "path_resolution",
+    "process_state_machine",
+    "signature",
+];
 
 #[derive(Debug, clap::Args)]
 pub struct Options {

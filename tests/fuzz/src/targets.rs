@@ -6,6 +6,8 @@ pub mod agent;
 pub mod connect_envelope;
 #[path = "json_bodies.rs"]
 pub mod json_bodies;
+#[path = "kernel_messages.rs"]
+pub mod kernel_messages;
 #[path = "multipart.rs"]
 pub mod multipart;
 #[path = "path_resolution.rs"]
@@ -21,9 +23,10 @@ pub mod signature;
 pub type Target = fn(&[u8]);
 
 /// All of them.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("connect_envelope", connect_envelope::run),
     ("json_bodies", json_bodies::run),
+    ("kernel_messages", kernel_messages::run),
     ("multipart", multipart::run),
     ("path_resolution", path_resolution::run),
     ("process_state_machine", process_state_machine::run),

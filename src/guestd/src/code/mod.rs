@@ -7,15 +7,15 @@
 
 mod cell;
 mod context;
-mod event;
+pub mod event;
 mod hearing;
 pub mod http;
 mod kernel;
 mod link;
-mod message;
+pub mod message;
 mod spec;
 mod variables;
-mod zmtp;
+pub mod zmtp;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};

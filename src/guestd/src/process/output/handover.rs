@@ -82,6 +82,6 @@ impl Output {
     }
 
     fn stand_in(&self, at: u64) -> Reader {
-        self.enter(|_| Place { at, takes_gaps: true, kept: true, stand_in: true })
+        self.enter(|_| Place { stand_in: true, ..Place::with_gaps(at) })
     }
 }

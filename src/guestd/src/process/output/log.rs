@@ -16,6 +16,9 @@ const MERGED: usize = 4096;
 /// The most that one data event carries (contract: envd.md section 2.6).
 pub(super) const EVENT: usize = 32 * 1024;
 
+/// How much of the end is recent, in bytes of memory.
+const RECENT: usize = super::LOG_LIMIT;
+
 /// The memory that a chunk of `length` bytes takes.
 pub(super) fn cost(length: usize) -> usize {
     length + OVERHEAD
@@ -40,6 +43,9 @@ pub(super) struct Log {
     chunks: VecDeque<Chunk>,
     end: u64,
     held: usize,
+    /// How many chunks are before those of the last [`RECENT`] bytes, and the memory that they take.
+    old: usize,
+    held_by_old: usize,
 }
 
 impl Log {
@@ -73,6 +79,11 @@ impl Log {
         self.chunks.front().map(Chunk::end)
     }
 
+    /// The offset of the oldest byte that is recent.
+    pub(super) fn recent(&self) -> u64 {
+        self.chunks.get(self.old).map_or(self.end, |chunk| chunk.start)
+    }
+
     /// An offset with about as much before it as after it.
     pub(super) fn middle(&self) -> u64 {
         self.chunks.get(self.chunks.len() / 2).map_or(self.end, |chunk| chunk.start)
@@ -94,6 +105,11 @@ impl Log {
             }
         }
         self.end += length as u64;
+        while self.held - self.held_by_old > RECENT {
+            let Some(chunk) = self.chunks.get(self.old) else { break };
+            self.held_by_old += cost(chunk.bytes.len());
+            self.old += 1;
+        }
     }
 
     /// What is kept from `offset` on, up to the end of its chunk and at most [`EVENT`] bytes.
@@ -111,7 +127,12 @@ impl Log {
 
     pub(super) fn drop_front(&mut self) {
         if let Some(chunk) = self.chunks.pop_front() {
-            self.held -= cost(chunk.bytes.len());
+            let cost = cost(chunk.bytes.len());
+            self.held -= cost;
+            if self.old > 0 {
+                self.old -= 1;
+                self.held_by_old -= cost;
+            }
         }
         if self.chunks.is_empty() {
             // A process that is quiet from now on keeps no empty queue.
@@ -149,6 +170,27 @@ mod tests {
         log.drop_front();
         assert_eq!((log.first(), log.end(), log.held()), (5, 5, 0));
         assert_eq!(log.read(4), None);
+    }
+
+    #[test]
+    fn what_is_recent_is_bounded_whatever_else_is_kept() {
+        let mut log = Log::default();
+        let mut sizes = [1, 5000, 32 * 1024, 3, 4096].into_iter().cycle();
+        while log.held() < 4 * RECENT {
+            let channel = if log.end().is_multiple_of(2) { Channel::Stdout } else { Channel::Stderr };
+            log.append(channel, vec![b'x'; sizes.next().unwrap()].into());
+            let recent = log.chunks.iter().filter(|chunk| chunk.start >= log.recent());
+            let held: usize = recent.map(|chunk| cost(chunk.bytes.len())).sum();
+            assert!(held <= RECENT && (log.recent() == 0 || held > RECENT - cost(32 * 1024)), "{held}");
+        }
+        let (recent, held) = (log.recent(), log.held());
+        while log.front_end().is_some_and(|end| end <= recent) {
+            log.drop_front();
+        }
+        assert_eq!((log.first(), log.recent()), (recent, recent));
+        assert!(log.held() <= RECENT && log.held() < held);
+        log.drop_front();
+        assert_eq!(log.recent(), log.first());
     }
 
     #[test]

@@ -7,10 +7,12 @@
 //! Each client has a place of its own in the log, and its window is the log:
 //!
 //! - Without a client, output is logged and the oldest of it forgotten. The process never waits.
-//! - One client alone holds the process back when it is a whole window behind, as the reader of a pipe would: it loses nothing, and there
-//!   is no limit to the wait.
-//! - With several, the fastest sets the pace. One that is a whole window behind while the fastest is not has [`PATIENCE`] to come within
-//!   half a window. After that it is cut off and told so, or, when it asked for offsets, goes on behind a gap.
+//! - Clients that are all a whole window behind hold the process back, as the reader of a pipe would, one alone included: they lose
+//!   nothing, and there is no limit to the wait.
+//! - While some are and others are not, the log grows up to [`STRETCHED_LIMIT`] and nobody waits: a burst that the socket of a new client
+//!   swallows does no harm to an old one that is slower, and the pauses of a busy machine none to anybody.
+//! - Then the others wait for the slowest, [`PATIENCE`] for each [`PACE`] that it reads. One that stands still is cut off and told so,
+//!   or, when it asked for offsets, goes on behind a gap.
 //!
 //! A client that asks for an offset gets what is kept from there on, each piece with its offset, and a gap for what is not kept. Who does
 //! not ask sees new output only (contract: envd.md section 2.8).
@@ -26,7 +28,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
-use tokio::time::{Instant, timeout_at};
+use tokio::task::yield_now;
+use tokio::time::{Instant, timeout};
 
 use super::Attachment;
 use super::exit;
@@ -42,8 +45,15 @@ const LOG_LIMIT: usize = 1024 * 1024;
 /// goes on when others hold everything.
 pub const TOTAL_LIMIT: usize = 8 * 1024 * 1024;
 
-/// How long one client may hold up others.
+/// What the log of one process may take while some of its clients are behind and others are not, as long as all logs together take no
+/// more than half of [`TOTAL_LIMIT`].
+const STRETCHED_LIMIT: usize = 4 * LOG_LIMIT;
+
+/// How long one client may hold up others before it has read [`PACE`] bytes.
 const PATIENCE: Duration = Duration::from_millis(10);
+
+/// What counts as reading on, in bytes. So a client of less than three megabytes a second is not waited for while a faster one is there.
+const PACE: u64 = log::EVENT as u64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Channel {
@@ -115,6 +125,24 @@ struct Place {
     kept: bool,
     /// The client is not there, and may come back: its place is kept, and nobody is attached.
     stand_in: bool,
+    /// How long others waited for it since it was at `held_up_from`.
+    held_up: Duration,
+    held_up_from: u64,
+}
+
+impl Place {
+    fn new(at: u64) -> Self {
+        Self { at, takes_gaps: false, kept: true, stand_in: false, held_up: Duration::ZERO, held_up_from: at }
+    }
+
+    fn with_gaps(at: u64) -> Self {
+        Self { takes_gaps: true, ..Self::new(at) }
+    }
+
+    /// It has read on, and may be waited for again.
+    fn forgive(&mut self) {
+        (self.held_up, self.held_up_from) = (Duration::ZERO, self.at);
+    }
 }
 
 /// Whether the writer may go on.
@@ -123,8 +151,8 @@ enum Room {
     Free,
     /// Every client is a whole window behind.
     AllBehind,
-    /// Some are, until this time.
-    SomeBehind(Instant),
+    /// Some are, and may hold up the others for so long yet.
+    SomeBehind(Duration),
 }
 
 #[derive(Debug)]
@@ -137,8 +165,6 @@ struct State {
     end: Option<End>,
     places: HashMap<u64, Place>,
     next_client: u64,
-    /// Since when some clients have held up the others.
-    behind_since: Option<Instant>,
     attachment: Attachment,
 }
 
@@ -166,22 +192,50 @@ impl State {
         true
     }
 
-    fn is_behind(&self, place: &Place) -> bool {
-        place.kept && self.log.front_end().is_some_and(|end| place.at < end)
+    /// The offset from which on a client is less than a whole window behind.
+    fn window(&self) -> u64 {
+        self.log.front_end().unwrap_or_default().max(self.log.recent())
     }
 
-    /// Cuts off, or leaves to their gaps, those that are a whole window behind.
+    /// Those that the writer waits for when others are not behind.
+    fn slowest(&mut self) -> impl Iterator<Item = &mut Place> {
+        let end = self.log.front_end().unwrap_or_default();
+        self.places.values_mut().filter(move |place| place.kept && place.at < end)
+    }
+
+    /// Others waited for the slowest.
+    fn waited(&mut self, time: Duration) {
+        self.slowest().for_each(|place| place.held_up += time);
+        let middle = self.log.middle();
+        for place in self.places.values_mut() {
+            if place.at >= middle || place.at - place.held_up_from >= PACE {
+                place.forgive();
+            }
+        }
+    }
+
+    /// How long others wait yet for the slowest.
+    fn patience(&mut self) -> Duration {
+        let left = |place: &mut Place| {
+            if place.held_up.is_zero() {
+                place.held_up_from = place.at;
+            }
+            PATIENCE.saturating_sub(place.held_up)
+        };
+        self.slowest().map(left).min().unwrap_or_default()
+    }
+
+    /// Cuts off, or leaves to their gaps, those that others waited for long enough.
     fn leave_behind(&mut self) {
-        let Some(end) = self.log.front_end() else { return };
+        let end = self.log.front_end().unwrap_or_default();
         if !self.places.values().any(|place| place.kept && place.at >= end) {
             return;
         }
         self.places.retain(|_, place| {
-            let behind = place.kept && place.at < end;
-            place.kept &= !behind;
-            !behind || place.takes_gaps
+            let stalled = place.kept && place.at < end && place.held_up >= PATIENCE;
+            place.kept &= !stalled;
+            !stalled || place.takes_gaps
         });
-        self.behind_since = None;
         let clients = self.clients();
         self.attachment.clients(clients);
         self.keep_the_only();
@@ -196,19 +250,20 @@ impl State {
 
     /// Sees to room for `cost` bytes.
     fn room(&mut self, cost: usize, budget: &Budget, used_by_others: usize) -> Room {
-        let enough = |log: &Log| {
-            log.held() + cost <= LOG_LIMIT && used_by_others + log.held() + cost <= budget.limit()
+        let fits = |log: &Log, own: usize, all: usize| {
+            log.held() + cost <= own && used_by_others + log.held() + cost <= all
         };
-        if self.forget_until(enough) {
-            if self.behind_since.is_some() && self.needed() >= self.log.middle() {
-                self.behind_since = None;
-            }
+        if self.forget_until(|log| fits(log, LOG_LIMIT, budget.limit())) {
             return Room::Free;
         }
-        if self.places.values().all(|place| !place.kept || self.is_behind(place)) {
+        let window = self.window();
+        if self.places.values().all(|place| !place.kept || place.at < window) {
             return Room::AllBehind;
         }
-        Room::SomeBehind(*self.behind_since.get_or_insert_with(Instant::now) + PATIENCE)
+        if fits(&self.log, STRETCHED_LIMIT, budget.limit() / 2) {
+            return Room::Free;
+        }
+        Room::SomeBehind(self.patience())
     }
 }
 
@@ -275,7 +330,6 @@ impl Output {
             end: None,
             places: HashMap::new(),
             next_client: 0,
-            behind_since: None,
             attachment,
         };
         let shared = Arc::new_cyclic(|me| Shared {
@@ -296,7 +350,7 @@ impl Output {
 
     /// A client that sees what comes from now on, and the end.
     pub(super) fn attach(&self) -> Reader {
-        self.enter(|end| Place { at: end, takes_gaps: false, kept: true, stand_in: false })
+        self.enter(Place::new)
     }
 
     /// A client that sees everything from `offset` on, as far as it is kept.
@@ -308,7 +362,7 @@ impl Output {
         if offset > end {
             return Err(BeyondEnd { asked: offset, end });
         }
-        Ok(self.enter(|_| Place { at: offset, takes_gaps: true, kept: true, stand_in: false }))
+        Ok(self.enter(|_| Place::with_gaps(offset)))
     }
 
     fn enter(&self, place: impl FnOnce(u64) -> Place) -> Reader {
@@ -360,11 +414,17 @@ impl Output {
             match room {
                 Room::Free => return shared.readable.notify_waiters(),
                 Room::AllBehind => news.await,
-                Room::SomeBehind(until) => {
-                    if timeout_at(until, news).await.is_err() {
-                        shared.lock().leave_behind();
-                        shared.readable.notify_waiters();
+                Room::SomeBehind(left) => {
+                    let began = Instant::now();
+                    if timeout(left, news).await.is_err() {
+                        // The agent itself may have had no processor: what sockets take by now is read first.
+                        yield_now().await;
                     }
+                    let mut state = shared.lock();
+                    state.waited(began.elapsed());
+                    state.leave_behind();
+                    drop(state);
+                    shared.readable.notify_waiters();
                 }
             }
         }
@@ -378,12 +438,8 @@ impl Output {
         shared.budget.make_room(cost);
         shared.change(|state, used_by_others| {
             let clients = state.end.is_none() && !state.places.is_empty();
-            let behind_since = state.behind_since;
             if clients && state.room(cost, &shared.budget, used_by_others) == Room::Free {
                 state.log.append(channel, bytes);
-            } else {
-                // Only what the process writes may set a slow client its time.
-                state.behind_since = behind_since;
             }
         });
         shared.readable.notify_waiters();
@@ -439,12 +495,17 @@ impl Reader {
         };
         let offset = place.at;
         place.at += bytes.len() as u64;
+        let at = place.at;
         // One that has caught up is waited for again.
-        place.kept |= place.at == state.log.end();
-        let front = state.log.front_end().unwrap_or_default();
-        let freed = offset < front && front <= place.at;
-        drop(guard);
-        if freed {
+        place.kept |= at == state.log.end();
+        let passed = |mark| offset < mark && mark <= at;
+        if passed(state.log.front_end().unwrap_or_default()) || passed(state.window()) {
+            let before = state.log.held();
+            // What was kept for this client alone.
+            state.forget_until(|log| log.held() <= LOG_LIMIT);
+            let after = state.log.held();
+            self.shared.account(before, after);
+            drop(guard);
             self.shared.writable.notify_waiters();
         }
         Some(Event::Data { channel, offset, bytes })

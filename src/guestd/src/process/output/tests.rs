@@ -67,8 +67,9 @@ async fn drain(mut reader: Reader) -> Seen {
     seen
 }
 
-const LONG: usize = 4 * LOG_LIMIT / CHUNK;
-const LONG_BYTES: u64 = 4 * LOG_LIMIT as u64;
+/// More than a log holds, stretched or not.
+const LONG: usize = 2 * STRETCHED_LIMIT / CHUNK;
+const LONG_BYTES: u64 = 2 * STRETCHED_LIMIT as u64;
 
 #[tokio::test]
 async fn output_without_a_client_never_blocks_and_is_not_shown_to_who_does_not_ask() {
@@ -113,27 +114,100 @@ async fn a_stalled_client_is_cut_off_and_the_live_one_loses_nothing_and_waits_te
     assert!(stalled.cut_off && !stalled.ended, "the stalled client is told that it lost output");
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_client_that_is_slower_for_good_does_not_set_the_pace_a_chunk_at_a_time() {
-    let output = output();
-    let mut slow = output.attach();
-    let live = tokio::spawn(drain(output.attach()));
-    let slow = tokio::spawn(async move {
-        // 9 ms for each chunk: never quite the limit.
-        while let Some(event) = slow.next().await {
-            if event == Event::CutOff {
-                return true;
-            }
-            tokio::time::sleep(Duration::from_millis(9)).await;
+/// Rests after each event.
+async fn creep(mut reader: Reader, rest: Duration) -> Seen {
+    let mut seen = Seen::default();
+    while let Some(event) = reader.next().await {
+        match event {
+            Event::Data { bytes, .. } => seen.bytes += bytes.len() as u64,
+            Event::Gap { from, to } => seen.gaps.push((from, to)),
+            Event::End(_) => seen.ended = true,
+            Event::CutOff => seen.cut_off = true,
         }
-        false
-    });
+        tokio::time::sleep(rest).await;
+    }
+    seen
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_creeps_does_not_set_the_pace() {
+    let output = output();
+    let creeping = tokio::spawn(creep(output.attach(), PATIENCE + Duration::from_millis(1)));
+    let live = tokio::spawn(drain(output.attach()));
     let began = Instant::now();
     flood(&output, 0..LONG).await;
     assert!(began.elapsed() <= Duration::from_millis(20), "{:?}", began.elapsed());
     output.finish(end());
     assert_eq!(live.await.unwrap().bytes, LONG_BYTES);
-    assert!(slow.await.unwrap());
+    assert!(creeping.await.unwrap().cut_off);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_slower_and_reads_on_loses_nothing() {
+    let output = output();
+    let slower = tokio::spawn(creep(output.attach(), PATIENCE - Duration::from_millis(1)));
+    let live = tokio::spawn(drain(output.attach()));
+    flood(&output, 0..LONG).await;
+    output.finish(end());
+    for reader in [live.await.unwrap(), slower.await.unwrap()] {
+        assert!(reader.bytes == LONG_BYTES && reader.ended && !reader.cut_off, "{reader:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_client_whose_socket_swallows_a_burst_does_no_harm_to_one_that_pauses() {
+    let output = output();
+    let old = output.attach();
+    let writer = tokio::spawn({
+        let output = Arc::clone(&output);
+        async move {
+            flood(&output, 0..LONG).await;
+            output.finish(end());
+        }
+    });
+    // Alone it is a whole window behind, and has done no wrong.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut new = output.attach();
+    let mut swallowed = 0;
+    while swallowed < 2 * LOG_LIMIT {
+        let Some(Event::Data { bytes, .. }) = new.next().await else { panic!("nobody is cut off") };
+        swallowed += bytes.len();
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let seen = drain(old).await;
+    assert_eq!(seen, Seen { from: Some(0), bytes: LONG_BYTES, ended: true, ..Seen::default() });
+    writer.await.unwrap();
+    assert!(drain(new).await.cut_off, "it stood still while the other read all");
+    assert!(output.shared.lock().log.held() <= LOG_LIMIT, "what was kept for the slow is given back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn time_in_which_nobody_waits_is_not_counted_against_a_client() {
+    // Too little to be forgiven for; a multiple of 251, so that each looks the same.
+    let small = chunk(0).slice(..32 * 251);
+    assert!((small.len() as u64) < PACE / 4);
+    let output = output();
+    let mut slow = output.attach();
+    let live = tokio::spawn(drain(output.attach()));
+    for _ in 0..STRETCHED_LIMIT / log::cost(small.len()) {
+        output.write(Channel::Stdout, small.clone()).await;
+        yield_now().await;
+    }
+    // The other waits for it 9 ms in all, with a minute between in which the process is quiet.
+    for waited in [6, 3] {
+        let mut waiting = std::pin::pin!(output.write(Channel::Stdout, small.clone()));
+        assert!(timeout(Duration::from_millis(waited), &mut waiting).await.is_err());
+        assert!(matches!(slow.next().await, Some(Event::Data { .. })), "cut off after less than its time");
+        waiting.await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    }
+    // A third time is too much.
+    let began = Instant::now();
+    output.write(Channel::Stdout, small.clone()).await;
+    assert!(began.elapsed() <= Duration::from_millis(3), "{:?}", began.elapsed());
+    assert!(drain(slow).await.cut_off);
+    output.finish(end());
+    assert!(live.await.unwrap().ended);
 }
 
 #[tokio::test(start_paused = true)]
