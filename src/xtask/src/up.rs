@@ -43,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
         runtime: options.runtime,
         more: tls.into_iter().chain(options.more.clone()).collect(),
     };
-    image::run(&image::Options { tree: options.runtime == Runtime::Container, ..Default::default() })?;
+    image::renew(options.runtime == Runtime::Container)?;
 
     let mut supervisor = Supervisor::start(&settings, None)?;
     println!("{}", environment_lines(&supervisor.api, &supervisor.proxy));

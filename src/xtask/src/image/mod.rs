@@ -87,6 +87,20 @@ pub fn images() -> PathBuf {
     workspace::target().join("guest")
 }
 
+/// Makes the images that hostd is to boot from what the tree holds now: `base`, and every other one that was made before.
+pub fn renew(tree: bool) -> Result<()> {
+    deps::ensure(Purpose::Image)?;
+    let mut options = Options { tree, ..Options::default() };
+    let agent = steps::step("build guestd", || workspace::build("guestd", &options.profile))?;
+    for template in recipe::names(&workspace::root().join("rootfs"))? {
+        if template == Options::default().template || Manifest::read(&images().join(&template)).is_some() {
+            options.template = template;
+            build(&options, &agent)?;
+        }
+    }
+    Ok(())
+}
+
 pub fn run(options: &Options) -> Result<()> {
     deps::ensure(Purpose::Image)?;
     let agent = match &options.guestd {

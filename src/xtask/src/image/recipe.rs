@@ -10,6 +10,9 @@ use serde::Deserialize;
 
 use super::store;
 
+/// The file that makes a folder a template.
+const RECIPE: &str = "recipe.toml";
+
 /// The folder, in a template's, of what is copied into the image.
 const FILES: &str = "files";
 
@@ -100,6 +103,19 @@ pub struct Template {
     pub text: String,
 }
 
+/// The names of the recipes in a folder, in order.
+pub fn names(folder: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let is_recipe = |entry: &std::fs::DirEntry| entry.path().join(RECIPE).is_file();
+    let mut names: Vec<_> = entries
+        .flatten()
+        .filter(is_recipe)
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
 impl Template {
     /// Reads a template from its folder, and those that it extends from the folders beside it.
     pub fn read(folder: &Path) -> Result<Self> {
@@ -107,12 +123,12 @@ impl Template {
         let mut layers: Vec<(PathBuf, RecipeFile)> = Vec::new();
         let mut next = Some(folder.to_owned());
         while let Some(folder) = next {
-            let file: RecipeFile = toml::from_str(&note(&mut text, &folder.join("recipe.toml"))?)
-                .with_context(|| format!("{} is not a recipe", folder.join("recipe.toml").display()))?;
+            let file: RecipeFile = toml::from_str(&note(&mut text, &folder.join(RECIPE))?)
+                .with_context(|| format!("{} is not a recipe", folder.join(RECIPE).display()))?;
             ensure!(
                 layers.iter().all(|(_, seen)| seen.name != file.name),
                 "{} extends itself",
-                folder.join("recipe.toml").display()
+                folder.join(RECIPE).display()
             );
             next = file.extends.as_ref().map(|name| folder.with_file_name(name));
             layers.push((folder, file));
