@@ -13,6 +13,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .gate_client_feature(true)
         .client_feature_name("client")
         .include_file("wire.rs")
+        // It would watch the descriptors, which this has just written: everything was built anew each time.
+        .emit_rerun_directives(false)
         .compile()?;
     println!("cargo:rerun-if-changed=proto");
     Ok(())
