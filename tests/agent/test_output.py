@@ -259,7 +259,35 @@ def test_a_stalled_client_is_cut_off_and_the_live_one_is_not_delayed(guestd, age
     assert longest < 3, longest
     *_, (flags, payload) = stalled.messages()
     assert flags & END
-    assert json.loads(payload)["error"]["code"] == "resource_exhausted"
+    assert json.loads(payload)["error"]["code"] == "data_loss"
+
+
+@pytest.mark.takes(10)
+def test_a_client_that_is_slow_and_reads_on_loses_nothing_beside_a_fast_one(guestd, agent):
+    size, rate = 12 << 20, 2e6
+    with open_stream(agent, "process.Process/Start", shell(f"read; head -c {size} /dev/zero")) as response:
+        live = frames(response.iter_raw())
+        pid = json.loads(next(live)[1])["event"]["start"]["pid"]
+        slow, results = Raw(guestd, "process.Process/Connect", {"process": {"pid": pid}}), []
+
+        def creep():
+            count, began = 0, time.monotonic()
+            for flags, payload in slow.messages():
+                if flags & END:
+                    results.append((count, json.loads(payload)))
+                    return
+                count += len(base64.b64decode(json.loads(payload)["event"].get("data", {}).get("stdout", "")))
+                time.sleep(max(0, began + count / rate - time.monotonic()))
+
+        creeping = threading.Thread(target=creep)
+        creeping.start()
+        time.sleep(0.3)
+        send = {"process": {"pid": pid}, "input": {"stdin": base64.b64encode(b"\n").decode()}}
+        assert agent.post("/process.Process/SendInput", json=send).status_code == 200
+        events = [json.loads(payload)["event"] for flags, payload in live if not flags & END]
+        assert sum(len(base64.b64decode(event.get("data", {}).get("stdout", ""))) for event in events) == size
+    creeping.join(60)
+    assert results == [(size, {})]
 
 
 @pytest.mark.takes(10)

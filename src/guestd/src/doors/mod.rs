@@ -27,6 +27,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use nix::sys::stat::{Mode, umask};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
@@ -57,6 +58,10 @@ const STREAMS: u32 = 16 * 1024;
 
 /// How many connections may wait for their accept: with 64, half of 200 quick vsock connections failed (contract: microvm.md section 4).
 const BACKLOG: u32 = 4096;
+
+/// How much of an answer the kernel keeps beyond what is on its way, in bytes (tcp(7), TCP_NOTSENT_LOWAT). By default it takes megabytes and
+/// asks for more when a third of them is gone: a slow reader of a process's output would seem to stand still in between.
+const UNSENT: u32 = 512 * 1024;
 
 /// How often the host is told that the agent listens, and how long it may take to hear it.
 const HELLO_TRIES: u32 = 20;
@@ -251,6 +256,8 @@ pub fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     let socket =
         if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
+    // Connections take it from their listener.
+    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT)?;
     let bound = socket.bind(address).and_then(|()| socket.listen(BACKLOG));
     bound.map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))
 }

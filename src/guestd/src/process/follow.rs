@@ -146,7 +146,7 @@ impl Follow {
             }
             Event::CutOff => {
                 self.done = true;
-                Some(Err(ConnectError::resource_exhausted(
+                Some(Err(ConnectError::data_loss(
                     "this client read too slowly while others waited for the same output",
                 )))
             }

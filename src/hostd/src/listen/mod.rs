@@ -41,6 +41,10 @@ const STREAMS: u32 = 1024;
 /// What may be on its way to hostd on one such connection, in bytes: one upload that waits for its guest must not stop the others.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
+/// How much of an answer the kernel keeps beyond what is on its way, in bytes (tcp(7), TCP_NOTSENT_LOWAT): guestd has to see that a slow
+/// client reads on.
+const UNSENT: u32 = 512 * 1024;
+
 /// A listener that was full for this long says so.
 const FULL_FOR: Duration = Duration::from_secs(1);
 
@@ -66,6 +70,8 @@ pub fn bind(option: &str, address: SocketAddr) -> io::Result<TcpListener> {
     let socket =
         if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(explain)?;
     socket.set_reuseaddr(true).map_err(explain)?;
+    // Connections take it from their listener.
+    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT).map_err(explain)?;
     socket.bind(address).map_err(explain)?;
     socket.listen(BACKLOG).map_err(explain)
 }

@@ -84,11 +84,6 @@ impl Log {
         self.chunks.get(self.old).map_or(self.end, |chunk| chunk.start)
     }
 
-    /// An offset with about as much before it as after it.
-    pub(super) fn middle(&self) -> u64 {
-        self.chunks.get(self.chunks.len() / 2).map_or(self.end, |chunk| chunk.start)
-    }
-
     pub(super) fn append(&mut self, channel: Channel, bytes: Bytes) {
         let length = bytes.len();
         if length == 0 {

@@ -9,10 +9,12 @@
 //! - Without a client, output is logged and the oldest of it forgotten. The process never waits.
 //! - Clients that are all a whole window behind hold the process back, as the reader of a pipe would, one alone included: they lose
 //!   nothing, and there is no limit to the wait.
-//! - While some are and others are not, the log grows up to [`STRETCHED_LIMIT`] and nobody waits: a burst that the socket of a new client
-//!   swallows does no harm to an old one that is slower, and the pauses of a busy machine none to anybody.
-//! - Then the others wait for the slowest, [`PATIENCE`] for each [`PACE`] that it reads. One that stands still is cut off and told so,
-//!   or, when it asked for offsets, goes on behind a gap.
+//! - While some are and others are not, the log grows up to [`FREE_LIMIT`] and nobody waits: a burst that the socket of a new client
+//!   swallows does no harm to an old one.
+//! - Then it grows slowly, up to [`STRETCHED_LIMIT`]: the others wait [`STEP`] for each piece, so that none of them waits for long and
+//!   there is time to see who reads on. Whoever took nothing for [`GRACE`] stands still: it is cut off and told so, or, when it asked for
+//!   offsets, goes on behind a gap. Sockets take what a slow client reads in bursts, so less time would not tell.
+//! - When that is full, the slowest sets the pace, as long as it reads on.
 //!
 //! A client that asks for an offset gets what is kept from there on, each piece with its offset, and a gap for what is not kept. Who does
 //! not ask sees new output only (contract: envd.md section 2.8).
@@ -29,7 +31,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::task::yield_now;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::Attachment;
 use super::exit;
@@ -45,15 +47,20 @@ const LOG_LIMIT: usize = 1024 * 1024;
 /// goes on when others hold everything.
 pub const TOTAL_LIMIT: usize = 8 * 1024 * 1024;
 
-/// What the log of one process may take while some of its clients are behind and others are not, as long as all logs together take no
-/// more than half of [`TOTAL_LIMIT`].
-const STRETCHED_LIMIT: usize = 4 * LOG_LIMIT;
+/// What the log of one process may take, in bytes, while some of its clients are behind and others are not; so much at once ...
+const FREE_LIMIT: usize = 2 * LOG_LIMIT;
 
-/// How long one client may hold up others before it has read [`PACE`] bytes.
-const PATIENCE: Duration = Duration::from_millis(10);
+/// ... and so much in all, as long as all logs together leave [`SPARE`] of their limit.
+const STRETCHED_LIMIT: usize = 6 * LOG_LIMIT;
 
-/// What counts as reading on, in bytes. So a client of less than three megabytes a second is not waited for while a faster one is there.
-const PACE: u64 = log::EVENT as u64;
+/// The share of the common limit that no log is stretched into: a quarter.
+const SPARE: usize = 4;
+
+/// How long others wait for each piece by which a log is stretched.
+const STEP: Duration = Duration::from_millis(5);
+
+/// Who takes nothing for so long stands still. A log takes 600 ms from [`FREE_LIMIT`] to [`STRETCHED_LIMIT`].
+const GRACE: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Channel {
@@ -125,23 +132,17 @@ struct Place {
     kept: bool,
     /// The client is not there, and may come back: its place is kept, and nobody is attached.
     stand_in: bool,
-    /// How long others waited for it since it was at `held_up_from`.
-    held_up: Duration,
-    held_up_from: u64,
+    /// When it last took something, or began to have something to take.
+    since: Instant,
 }
 
 impl Place {
     fn new(at: u64) -> Self {
-        Self { at, takes_gaps: false, kept: true, stand_in: false, held_up: Duration::ZERO, held_up_from: at }
+        Self { at, takes_gaps: false, kept: true, stand_in: false, since: Instant::now() }
     }
 
     fn with_gaps(at: u64) -> Self {
         Self { takes_gaps: true, ..Self::new(at) }
-    }
-
-    /// It has read on, and may be waited for again.
-    fn forgive(&mut self) {
-        (self.held_up, self.held_up_from) = (Duration::ZERO, self.at);
     }
 }
 
@@ -151,8 +152,10 @@ enum Room {
     Free,
     /// Every client is a whole window behind.
     AllBehind,
-    /// Some are, and may hold up the others for so long yet.
-    SomeBehind(Duration),
+    /// Some are; there is room for pieces.
+    Stretched,
+    /// Some are, and there is room for nothing.
+    Full,
 }
 
 #[derive(Debug)]
@@ -197,48 +200,40 @@ impl State {
         self.log.front_end().unwrap_or_default().max(self.log.recent())
     }
 
-    /// Those that the writer waits for when others are not behind.
-    fn slowest(&mut self) -> impl Iterator<Item = &mut Place> {
+    /// When the slowest will have taken nothing for too long, unless they read on.
+    fn deadline(&self) -> Instant {
         let end = self.log.front_end().unwrap_or_default();
-        self.places.values_mut().filter(move |place| place.kept && place.at < end)
+        let slowest = self.places.values().filter(|place| place.kept && place.at < end);
+        slowest.map(|place| place.since).min().unwrap_or_else(Instant::now) + GRACE
     }
 
-    /// Others waited for the slowest.
-    fn waited(&mut self, time: Duration) {
-        self.slowest().for_each(|place| place.held_up += time);
-        let middle = self.log.middle();
-        for place in self.places.values_mut() {
-            if place.at >= middle || place.at - place.held_up_from >= PACE {
-                place.forgive();
-            }
-        }
-    }
-
-    /// How long others wait yet for the slowest.
-    fn patience(&mut self) -> Duration {
-        let left = |place: &mut Place| {
-            if place.held_up.is_zero() {
-                place.held_up_from = place.at;
-            }
-            PATIENCE.saturating_sub(place.held_up)
-        };
-        self.slowest().map(left).min().unwrap_or_default()
-    }
-
-    /// Cuts off, or leaves to their gaps, those that others waited for long enough.
-    fn leave_behind(&mut self) {
+    /// Cuts off, or leaves to their gaps, those that stand still while others wait; true when there are any.
+    fn leave_behind(&mut self) -> bool {
         let end = self.log.front_end().unwrap_or_default();
         if !self.places.values().any(|place| place.kept && place.at >= end) {
-            return;
+            return false;
+        }
+        let stalled = |place: &Place| place.kept && place.at < end && place.since.elapsed() >= GRACE;
+        if !self.places.values().any(stalled) {
+            return false;
         }
         self.places.retain(|_, place| {
-            let stalled = place.kept && place.at < end && place.held_up >= PATIENCE;
+            let stalled = stalled(place);
             place.kept &= !stalled;
             !stalled || place.takes_gaps
         });
         let clients = self.clients();
         self.attachment.clients(clients);
         self.keep_the_only();
+        true
+    }
+
+    fn append(&mut self, channel: Channel, bytes: Bytes) {
+        let now = Instant::now();
+        let end = self.log.end();
+        // Who has read everything did not stand still until now.
+        self.places.values_mut().filter(|place| place.at == end).for_each(|place| place.since = now);
+        self.log.append(channel, bytes);
     }
 
     /// A client that is alone now is not left behind by anybody.
@@ -260,10 +255,14 @@ impl State {
         if self.places.values().all(|place| !place.kept || place.at < window) {
             return Room::AllBehind;
         }
-        if fits(&self.log, STRETCHED_LIMIT, budget.limit() / 2) {
-            return Room::Free;
+        let shared = budget.limit() - budget.limit() / SPARE;
+        if fits(&self.log, FREE_LIMIT, shared) {
+            Room::Free
+        } else if fits(&self.log, STRETCHED_LIMIT, shared) {
+            Room::Stretched
+        } else {
+            Room::Full
         }
-        Room::SomeBehind(self.patience())
     }
 }
 
@@ -392,7 +391,6 @@ impl Output {
     /// Puts a chunk at the end of the log; waits while that would take from a client what it has yet to read.
     pub(super) async fn write(&self, channel: Channel, bytes: Bytes) {
         let shared = &self.shared;
-        let cost = log::cost(bytes.len());
         {
             let mut state = shared.lock();
             state.attachment.progress(bytes.len());
@@ -400,31 +398,48 @@ impl Output {
             // In sight from here on, so that nothing is lost should the agent be replaced while this waits.
             state.waiting.push((channel, bytes.clone()));
         }
-        loop {
+        let mut rest = bytes;
+        let mut stretched = Instant::now();
+        while !rest.is_empty() {
             let news = shared.writable.notified();
+            let cost = log::cost(rest.len());
             shared.budget.make_room(cost);
-            let room = shared.change(|state, used_by_others| {
-                let room = state.room(cost, &shared.budget, used_by_others);
-                if room == Room::Free {
-                    state.waiting.retain(|(waiting, _)| *waiting != channel);
-                    state.log.append(channel, bytes.clone());
+            let may_stretch = stretched.elapsed() >= STEP;
+            let (room, deadline) = shared.change(|state, used_by_others| {
+                let mut room = state.room(cost, &shared.budget, used_by_others);
+                if matches!(room, Room::Stretched | Room::Full) && state.leave_behind() {
+                    shared.readable.notify_waiters();
+                    room = state.room(cost, &shared.budget, used_by_others);
                 }
-                room
+                let piece = match room {
+                    Room::Free => std::mem::take(&mut rest),
+                    Room::Stretched if may_stretch => rest.split_to(rest.len().min(log::EVENT)),
+                    Room::Stretched | Room::Full | Room::AllBehind => Bytes::new(),
+                };
+                if !piece.is_empty() {
+                    state.waiting.retain(|(waiting, _)| *waiting != channel);
+                    if !rest.is_empty() {
+                        state.waiting.push((channel, rest.clone()));
+                    }
+                    state.append(channel, piece);
+                }
+                (room, state.deadline())
             });
             match room {
-                Room::Free => return shared.readable.notify_waiters(),
                 Room::AllBehind => news.await,
-                Room::SomeBehind(left) => {
-                    let began = Instant::now();
-                    if timeout(left, news).await.is_err() {
+                Room::Free => shared.readable.notify_waiters(),
+                Room::Stretched if may_stretch => {
+                    stretched = Instant::now();
+                    shared.readable.notify_waiters();
+                }
+                Room::Stretched => {
+                    let _no_news = timeout_at(stretched + STEP, news).await;
+                }
+                Room::Full => {
+                    if timeout_at(deadline, news).await.is_err() {
                         // The agent itself may have had no processor: what sockets take by now is read first.
                         yield_now().await;
                     }
-                    let mut state = shared.lock();
-                    state.waited(began.elapsed());
-                    state.leave_behind();
-                    drop(state);
-                    shared.readable.notify_waiters();
                 }
             }
         }
@@ -439,7 +454,7 @@ impl Output {
         shared.change(|state, used_by_others| {
             let clients = state.end.is_none() && !state.places.is_empty();
             if clients && state.room(cost, &shared.budget, used_by_others) == Room::Free {
-                state.log.append(channel, bytes);
+                state.append(channel, bytes);
             }
         });
         shared.readable.notify_waiters();
@@ -495,6 +510,7 @@ impl Reader {
         };
         let offset = place.at;
         place.at += bytes.len() as u64;
+        place.since = Instant::now();
         let at = place.at;
         // One that has caught up is waited for again.
         place.kept |= at == state.log.end();
