@@ -64,9 +64,9 @@ const SYSTEM_TAG: &str = "_system";
 pub enum ProcessError {
     #[error("process with pid {0} not found")]
     NoPid(u32),
-    #[error("process with tag {0} not found")]
+    #[error("process with tag {} not found", spec::excerpt(.0))]
     NoTag(String),
-    #[error("error starting {} '{command}': {source}", if *.terminal { "pty with command" } else { "process" })]
+    #[error("error starting {} '{command}': {}", if *.terminal { "pty with command" } else { "process" }, reason(.source))]
     Spawn { command: String, terminal: bool, source: std::io::Error },
     #[error(transparent)]
     Input(#[from] InputError),
@@ -78,6 +78,18 @@ pub enum ProcessError {
     NoTerminal,
     #[error("error resizing tty: {0}")]
     Resize(std::io::Error),
+}
+
+/// In the words of envd's clients: the system's, without its number and with a small letter first (contract: envd.md section 1.10).
+fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error ").next().unwrap_or_default();
+    match text.chars().next() {
+        Some(first) if error.raw_os_error().is_some() => {
+            format!("{}{}", first.to_lowercase(), &text[first.len_utf8()..])
+        }
+        _ => text.to_owned(),
+    }
 }
 
 /// One process, alive or just ended.
