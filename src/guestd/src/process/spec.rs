@@ -30,6 +30,8 @@ pub enum SpecError {
     NoCommand,
     #[error("{field}: must not contain a NUL byte")]
     Nul { field: &'static str },
+    #[error("process.envs: {:?} cannot be the name of a variable", excerpt(.0))]
+    Variable(String),
     #[error(transparent)]
     Limit(#[from] LimitError),
     #[error("process.cwd: {0}")]
@@ -88,6 +90,10 @@ impl Spec {
             let size = pty.size.into_option().unwrap_or_default();
             Size::from_wire(size.cols, size.rows, None)
         });
+        // environ(7)
+        if let Some(name) = config.envs.keys().find(|name| name.is_empty() || name.contains('=')) {
+            return Err(SpecError::Variable(name.clone()));
+        }
         let mut variables = environment(&config, &user, settings);
         if terminal.is_some() {
             variables.entry("TERM".to_owned()).or_insert_with(|| DEFAULT_TERM.to_owned());
@@ -163,8 +169,6 @@ fn environment(config: &wire::ProcessConfig, user: &User, settings: &Values) -> 
     variables.extend(settings.environment.clone());
     variables.extend(settings.internal_environment.clone());
     variables.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
-    // A name with a '=' or nothing in it cannot be a variable; environ(7).
-    variables.retain(|name, _| !name.is_empty() && !name.contains('='));
     variables
 }
 
