@@ -3,6 +3,7 @@
 Each hazard is tried with control groups and, where the kernel has none to give, with process groups.
 """
 
+import gzip
 import json
 import os
 import time
@@ -287,14 +288,29 @@ def test_a_signal_is_delivered_once(agent):
 
 
 def test_the_record_counts_and_measures(agent):
-    script = "head -c 70000 /dev/zero; head -c 5 /dev/zero >&2; i=0; while ((i++ < 100000)); do :; done; sleep 0.2"
+    memory = "head -c 100000000 /dev/zero | tail -c 100000000 > /dev/null"
+    script = f"head -c 70000 /dev/zero; head -c 5 /dev/zero >&2; i=0; while ((i++ < 100000)); do :; done; {memory}; sleep 0.2"
     record = start(agent, "/bin/bash", "-c", script).end["record"]
     assert (record["stdoutBytes"], record["stderrBytes"]) == ("70000", "5")
     assert record["cause"] == "exited"
     assert int(record["userCpuUs"]) > 10_000
-    assert int(record["peakMemoryBytes"]) > 1 << 20
+    assert 100_000_000 < int(record["peakMemoryBytes"]) < 200_000_000
     assert 200 <= int(record["durationMs"]) < 10_000
     assert "killedBy" not in record and "outputTruncated" not in record and "oomKilled" not in record
+
+
+def test_the_agents_own_memory_is_not_told_as_a_commands():
+    """Without a group that counts memory, a child begins with what the agent had at most."""
+    guestd = Guestd("--no-cgroups").start()
+    try:
+        with guestd.client() as client:
+            body = gzip.compress(b'{"a":"' + b" " * 60_000_000 + b'"}', 1)
+            headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+            assert client.post("/process.Process/List", content=body, headers=headers).status_code == 200
+            record = start(client, "/bin/true").end["record"]
+            assert "peakMemoryBytes" not in record, "not known"
+    finally:
+        guestd.close()
 
 
 def test_a_crash_is_no_kill(agent):
