@@ -251,6 +251,7 @@ impl Processes {
             terminal: Mutex::new(terminal),
             group: Mutex::new(state.group.map(Group::at)),
             kill: Mutex::new(state.kill),
+            asked_job: Mutex::default(),
             reaped: watch::Sender::new(is_reaped),
             deadline: state.deadline.map(Stamp::instant),
             ends: Mutex::new(state.ends),

@@ -105,6 +105,8 @@ pub struct Process {
     group: Mutex<Option<Group>>,
     /// The last attempt to end it.
     kill: Mutex<Option<Kill>>,
+    /// The terminal's job that was asked to end with it.
+    asked_job: Mutex<Option<i32>>,
     /// Turns true when the process was reaped.
     reaped: watch::Sender<bool>,
     /// When its time is over.
@@ -175,8 +177,9 @@ impl Process {
         self.spec.terminal.is_some()
     }
 
-    /// Asks the process to end (SIGTERM: its group, and the job that its terminal's keyboard belongs to) or ends it with everything that
-    /// it started (SIGKILL). After SIGKILL it is gone when this returns. `by` is who wants that.
+    /// Asks the process to end (SIGTERM: it alone, and the job that its terminal's keyboard belongs to; when it has ended, what is left of
+    /// what it started) or ends it with everything that it started (SIGKILL). After SIGKILL it is gone when this returns. `by` is who wants
+    /// that. The rule is envd's and what its clients need beyond it (contract: envd.md sections 2.11 and 11, weakness 2).
     ///
     /// # Errors
     /// [`ProcessError::NoPid`] when it has finished already: SDKs turn it into "there was nothing to kill".
@@ -199,28 +202,31 @@ impl Process {
 
     fn ask(&self, signal: Signal, kill: Kill) -> Result<(), Errno> {
         self.note(kill);
-        signals::to_group(self.pid, signal)?;
-        self.signal_foreground(signal);
-        Ok(())
+        let job = self.terminal().and_then(|terminal| terminal.foreground());
+        *lock(&self.asked_job) = job;
+        signals::ask(self.pid, job, signal)
+    }
+
+    /// It has ended and is not reaped yet. If it was asked to end, so is what it leaves.
+    fn ask_rest(&self) {
+        let Some(Kill::Signal { signal: libc::SIGTERM, .. }) = self.kill() else { return };
+        let others = lock(&self.group).as_ref().map(Group::processes).unwrap_or_default();
+        signals::to_rest(self.pid, *lock(&self.asked_job), &others, Signal::SIGTERM);
     }
 
     /// Ends the process and what it started.
     fn end_all(&self, kill: Kill) -> Result<(), Errno> {
         self.note(kill);
         // Asked for before its session loses its leader.
-        self.signal_foreground(Signal::SIGKILL);
+        if let Some(terminal) = self.terminal() {
+            signals::to_foreground(terminal.foreground(), self.pid, Signal::SIGKILL);
+        }
         let sent = signals::to_group(self.pid, Signal::SIGKILL);
         // And whatever left its process group.
         if let Some(Err(error)) = lock(&self.group).as_ref().map(Group::kill) {
             tracing::warn!(pid = self.pid, %error, "the control group of a command could not be killed");
         }
         sent
-    }
-
-    fn signal_foreground(&self, signal: Signal) {
-        if let Some(terminal) = self.terminal() {
-            signals::to_foreground(terminal.foreground(), self.pid, signal);
-        }
     }
 
     fn terminal(&self) -> Option<Arc<Terminal>> {
@@ -386,6 +392,7 @@ impl Processes {
             terminal: Mutex::new(terminal),
             group: Mutex::new(group),
             kill: Mutex::default(),
+            asked_job: Mutex::default(),
             reaped: watch::Sender::new(false),
             spec,
         });
