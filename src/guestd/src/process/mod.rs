@@ -142,7 +142,7 @@ impl Process {
     pub async fn write(
         &self,
         kind: InputKind,
-        bytes: &[u8],
+        bytes: bytes::Bytes,
         deadline: Option<Instant>,
     ) -> Result<(), ProcessError> {
         // Before the process takes it: whoever types is there, whatever the program does.
@@ -388,7 +388,7 @@ impl Processes {
             leaving: self.leaving.clone(),
             pid,
             output: output::Output::new(Attachment::new(hold, class), Arc::clone(&self.budget)),
-            input: Input::new(sink),
+            input: Input::new(sink, self.leaving.clone()),
             terminal: Mutex::new(terminal),
             group: Mutex::new(group),
             kill: Mutex::default(),
