@@ -437,6 +437,16 @@ def test_the_catalogue_of_refusals(agent):
         signal(agent, pid, "SIGNAL_SIGKILL")
 
 
+def test_a_refusal_repeats_no_more_than_the_beginning_of_a_text(agent):
+    long = "t" * 100_000
+    answer = call(agent, "process.Process/SendSignal", {"process": {"tag": long}, "signal": 9}).json()
+    assert answer == {"code": "not_found", "message": f"process with tag {long[:1024]}… not found"}
+    refused = start(agent, "/bin/true", cwd=f"/{long}").error
+    assert refused["code"] == "invalid_argument" and len(refused["message"]) < 1200
+    refused = start(agent, "/bin/true", envs={f"{long}=": "x"}).error
+    assert refused["code"] == "invalid_argument" and len(refused["message"]) < 1200
+
+
 def test_a_working_directory_that_the_user_may_not_enter_is_a_start_error(agent, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
