@@ -4,10 +4,12 @@ import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from harness.connect import Stream, call, connect, open_stream, process, start
+from harness.guestd import Guestd
 from harness.processes import alive, wait_until
 
 
@@ -48,6 +50,75 @@ def test_a_missing_program_exits_127_as_a_shell_says_it(agent):
     ran = start(agent, "/no/such/program")
     assert ran.order[0] == "start"
     assert ran.exit_code == 127
+
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"args": ["-c", "x" * (32 * PAGE)]},
+        {"args": [":"], "envs": {"BIG": "x" * (32 * PAGE)}},
+        {"args": ["x" * 1000] * 9000},
+    ],
+    ids=["one argument", "one variable", "all together"],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_command_that_is_too_long_for_the_kernel_is_refused_and_not_denied(agent, asked, terminal):
+    args, envs = asked["args"], asked.get("envs", {})
+    ran = start(agent, "/bin/sh", *args, envs=envs, **({"pty": {}} if terminal else {}))
+    assert ran.order == ["end frame"]
+    assert ran.error["code"] == "invalid_argument"
+    message = ran.error["message"]
+    assert message.startswith("error starting pty with command '/bin/sh " if terminal else "error starting process '/bin/sh ")
+    assert message.endswith("': argument list too long")
+    assert len(message) < 1200, "what a client sent is not sent back whole"
+
+
+def test_a_start_without_a_process_to_spare_is_exhaustion_and_no_end():
+    """The limit is the user's: the kernel tells of it at the exec."""
+    agent = Guestd(wrapper=["prlimit", "--nproc=0:0"]).start()
+    request = {"cwd": "/", "headers": {"Authorization": "Basic bm9ib2R5Og=="}}
+    message = {"process": process("/bin/sleep", "100", cwd="/"), "tag": "first"}
+    try:
+        with agent.client() as client, open_stream(client, "process.Process/Start", message, request["headers"]) as first:
+            pid = Stream(first).until("start")["pid"]
+            ran = start(client, "/bin/true", **request)
+            assert ran.error["code"] == "resource_exhausted"
+            assert ran.error["message"] == "error starting process '/bin/true': resource temporarily unavailable"
+            signal(client, pid, "SIGNAL_SIGKILL")
+            assert start(client, "/bin/true", **request).exit_code == 0
+    finally:
+        agent.close()
+
+
+def test_a_file_that_cannot_be_run_exits_126_with_the_systems_words(agent, tmp_path):
+    busy = tmp_path / "busy"
+    busy.write_bytes(Path("/bin/true").read_bytes())
+    busy.chmod(0o755)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    plain = tmp_path / "plain"
+    plain.touch(0o644)
+    endless = "/" + "a" * 300
+    with busy.open("r+b"):
+        for program, words in [
+            (str(busy), "Text file busy"),
+            (str(loop), "Too many levels of symbolic links"),
+            (endless, "File name too long"),
+            (str(plain), "Permission denied"),
+            (str(tmp_path), "Permission denied"),
+        ]:
+            ran = start(agent, program)
+            assert (ran.order[0], ran.exit_code) == ("start", 126), program
+            assert ran.stderr.decode() == f"{program}: {words}\n"
+
+
+def test_a_name_that_no_pipe_holds_is_not_found_and_does_not_hang(agent):
+    ran = start(agent, "x" * 100_000, envs={"PATH": ""}, cwd="/")
+    assert ran.exit_code in (126, 127)
+    assert len(ran.stderr) < 1200
 
 
 def test_a_grandchild_that_keeps_stdout_does_not_hold_the_stream_open(agent):

@@ -3,6 +3,7 @@
 Each hazard is tried with control groups and, where the kernel has none to give, with process groups.
 """
 
+import gzip
 import json
 import os
 import time
@@ -139,6 +140,70 @@ def test_grandchildren_end_with_a_timeout(agent):
         wait_until(lambda: not any(map(alive, tree.started)), within=2, what="the whole tree is gone")
     record = connect(agent, tag="late").end["record"]
     assert (record["cause"], record["timedOut"], record["killedBy"]) == ("timeout", True, "timeout")
+
+
+def test_a_request_to_end_is_the_leaders_first(agent):
+    """What it started is its own to look after, for as long as it is there."""
+    script = """
+        trap 'echo asked; wait $child; echo child=$?; exit 0' TERM
+        (trap 'echo disturbed; exit 9' TERM; echo ready; for n in 1 2 3 4 5; do sleep 0.1; done; echo done; exit 5) &
+        child=$!
+        wait $child
+    """
+    with open_stream(agent, "process.Process/Start", shell(script)) as response:
+        stream = Stream(response)
+        pid = stream.until("start")["pid"]
+        stream.until("data")
+        signal(agent, pid, "SIGNAL_SIGTERM")
+        ran = stream.rest()
+    assert ran.stdout.split() == [b"ready", b"asked", b"done", b"child=5"]
+    assert (ran.exit_code, ran.end["record"]["cause"]) == (0, "exited")
+
+
+def test_grandchildren_are_asked_when_their_leader_has_ended(agent, tmp_path):
+    told = tmp_path / "told"
+    last_words = f"(trap 'echo asked >> {told}; exit' TERM; echo $BASHPID; while :; do sleep 0.05; done) & sleep 300 & echo $!; wait"
+    with Tree(agent, last_words, 2) as tree:
+        signal(agent, tree.pid, "SIGNAL_SIGTERM")
+        wait_until(lambda: not any(map(alive, tree.started)), within=2, what="the whole tree is gone")
+        assert told.read_text() == "asked\n", "once"
+        end = tree.stream.rest().end
+        assert (end["status"], end["record"]["cause"]) == ("signal: terminated", "killed")
+
+
+def test_what_left_its_session_is_asked_when_its_leader_has_ended(grouped):
+    with Tree(grouped.client, RUNAWAY, 1) as tree:
+        signal(grouped.client, tree.pid, "SIGNAL_SIGTERM")
+        wait_until(lambda: not alive(tree.started[0]), within=2, what="the runaway is gone")
+
+
+def test_a_leader_that_ends_by_itself_leaves_what_it_started_alone(agent):
+    ran = start(agent, "/bin/bash", "-c", "sleep 300 > /dev/null 2>&1 & echo $!")
+    job = int(ran.stdout)
+    time.sleep(0.2)
+    assert alive(job)
+    processes.end(job)
+
+
+def test_the_jobs_of_a_terminal_are_asked_in_order(grouped, tmp_path):
+    """The one that has the keyboard with the shell, those in the background after it."""
+    script = f"""
+        set -m
+        (trap 'kill -0 $$ 2> /dev/null && echo early >> {tmp_path}/told || echo late >> {tmp_path}/told; exit' TERM
+         while :; do sleep 0.05; done) &
+        trap 'sleep 0.3; exit 4' TERM
+        (trap 'echo keyboard >> {tmp_path}/told; exit' TERM; echo ready; while :; do sleep 0.05; done)
+        sleep 1
+    """
+    with open_stream(grouped.client, "process.Process/Start", shell(script, pty={})) as response:
+        stream = Stream(response)
+        pid = stream.until("start")["pid"]
+        while b"ready" not in stream.ran.pty:
+            stream.until("data")
+        signal(grouped.client, pid, "SIGNAL_SIGTERM")
+        assert stream.rest().exit_code == 4
+    told = tmp_path / "told"
+    wait_until(lambda: told.read_text() == "keyboard\nlate\n", within=2, what="both were asked")
 
 
 def test_what_left_its_session_ends_with_a_kill(grouped):
@@ -287,14 +352,29 @@ def test_a_signal_is_delivered_once(agent):
 
 
 def test_the_record_counts_and_measures(agent):
-    script = "head -c 70000 /dev/zero; head -c 5 /dev/zero >&2; i=0; while ((i++ < 100000)); do :; done; sleep 0.2"
+    memory = "head -c 300000000 /dev/zero | tail -c 300000000 > /dev/null"
+    script = f"head -c 70000 /dev/zero; head -c 5 /dev/zero >&2; i=0; while ((i++ < 100000)); do :; done; {memory}; sleep 0.2"
     record = start(agent, "/bin/bash", "-c", script).end["record"]
     assert (record["stdoutBytes"], record["stderrBytes"]) == ("70000", "5")
     assert record["cause"] == "exited"
     assert int(record["userCpuUs"]) > 10_000
-    assert int(record["peakMemoryBytes"]) > 1 << 20
+    assert 300_000_000 < int(record["peakMemoryBytes"]) < 400_000_000
     assert 200 <= int(record["durationMs"]) < 10_000
     assert "killedBy" not in record and "outputTruncated" not in record and "oomKilled" not in record
+
+
+def test_the_agents_own_memory_is_not_told_as_a_commands():
+    """Without a group that counts memory, a child begins with what the agent had at most."""
+    guestd = Guestd("--no-cgroups").start()
+    try:
+        with guestd.client() as client:
+            body = gzip.compress(b'{"a":"' + b" " * 60_000_000 + b'"}', 1)
+            headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+            assert client.post("/process.Process/List", content=body, headers=headers).status_code == 200
+            record = start(client, "/bin/true").end["record"]
+            assert "peakMemoryBytes" not in record, "not known"
+    finally:
+        guestd.close()
 
 
 def test_a_crash_is_no_kill(agent):
@@ -355,6 +435,16 @@ def test_the_catalogue_of_refusals(agent):
         pid = Stream(response).until("start")["pid"]
         assert refused("SendInput", {"process": {"tag": "cat"}})[0] == "unimplemented"
         signal(agent, pid, "SIGNAL_SIGKILL")
+
+
+def test_a_refusal_repeats_no_more_than_the_beginning_of_a_text(agent):
+    long = "t" * 100_000
+    answer = call(agent, "process.Process/SendSignal", {"process": {"tag": long}, "signal": 9}).json()
+    assert answer == {"code": "not_found", "message": f"process with tag {long[:1024]}… not found"}
+    refused = start(agent, "/bin/true", cwd=f"/{long}").error
+    assert refused["code"] == "invalid_argument" and len(refused["message"]) < 1200
+    refused = start(agent, "/bin/true", envs={f"{long}=": "x"}).error
+    assert refused["code"] == "invalid_argument" and len(refused["message"]) < 1200
 
 
 def test_a_working_directory_that_the_user_may_not_enter_is_a_start_error(agent, tmp_path):

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from harness import locations, processes
-from harness.connect import Ran, Stream, call, open_stream, process, start
+from harness.connect import Ran, Stream, call, envelope, open_stream, process, start
 from harness.guestd import Guestd
 
 HOST = {"X-Guestd-Control": "host"}
@@ -164,6 +164,89 @@ def test_input_goes_on_and_can_be_closed(agent):
         call(client, "process.Process/CloseStdin", {"process": {"pid": pid}})
         ran = connect(client, pid, offset=0)
     assert (ran.stdout, ran.exit_code) == (b"first-second\nthird\n", 4)
+
+
+def held_up(agent: Guestd, text: bytes) -> tuple[int, threading.Thread, list[httpx.Response]]:
+    """A command that reads nothing for a while, and a call that fills its stdin."""
+    pid = begin(agent, f"while [ ! -e {agent.root}/go ]; do sleep 0.05; done; sha256sum")
+    answers: list[httpx.Response] = []
+
+    def write():
+        with agent.client() as client:
+            data = {"stdin": base64.b64encode(text).decode()}
+            answers.append(call(client, "process.Process/SendInput", {"process": {"pid": pid}, "input": data}))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    time.sleep(0.3)
+    assert not answers, "it waits for the command"
+    return pid, thread, answers
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_input_that_a_full_pipe_holds_up_is_taken_and_arrives_once(agent, times):
+    """A client whose call breaks sends it again, and the command would see bytes twice."""
+    text = os.urandom(300_000)
+    pid, writer, answers = held_up(agent, text)
+    for _ in range(times):
+        assert upgrade(agent)["failed"] is False
+    writer.join(10)
+    assert [answer.status_code for answer in answers] == [200]
+    with agent.client() as client:
+        more = {"process": {"pid": pid}, "input": {"stdin": base64.b64encode(b"more").decode()}}
+        newer = threading.Thread(target=call, args=(client, "process.Process/SendInput", more))
+        newer.start()
+        time.sleep(0.2)
+        (agent.root / "go").touch()
+        newer.join(10)
+        assert call(client, "process.Process/CloseStdin", {"process": {"pid": pid}}).status_code == 200
+        ran = connect(client, pid, offset=0)
+    assert ran.stdout.split()[0].decode() == hashlib.sha256(text + b"more").hexdigest()
+
+
+def test_stdin_that_is_closed_after_an_upgrade_ends_behind_what_was_taken(agent):
+    text = os.urandom(300_000)
+    pid, writer, answers = held_up(agent, text)
+    upgrade(agent)
+    writer.join(10)
+    with agent.client() as client:
+        for _ in range(2):
+            assert call(client, "process.Process/CloseStdin", {"process": {"pid": pid}}).status_code == 200
+        upgrade(agent)
+        late = {"process": {"pid": pid}, "input": {"stdin": "eA=="}}
+        assert "stdin not enabled or closed" in call(client, "process.Process/SendInput", late).text
+        (agent.root / "go").touch()
+        ran = connect(client, pid, offset=0)
+    assert ran.stdout.split()[0].decode() == hashlib.sha256(text).hexdigest()
+
+
+def test_a_stream_of_input_is_told_how_much_was_taken(agent):
+    pid = begin(agent, f"while [ ! -e {agent.root}/go ]; do sleep 0.05; done; sha256sum")
+    text = os.urandom(300_000)
+    answers: list[httpx.Response] = []
+
+    def messages():
+        yield envelope({"start": {"process": {"pid": pid}}})
+        yield envelope({"data": {"input": {"stdin": base64.b64encode(text).decode()}}})
+        time.sleep(3)
+
+    def write():
+        headers = {"Content-Type": "application/connect+json"}
+        with agent.client() as client:
+            answers.append(client.post("/process.Process/StreamInput", content=messages(), headers=headers))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    time.sleep(0.5)
+    upgrade(agent)
+    writer.join(10)
+    assert b'"code":"unavailable"' in answers[0].content
+    assert b"300000 bytes of input were taken" in answers[0].content
+    (agent.root / "go").touch()
+    with agent.client() as client:
+        assert call(client, "process.Process/CloseStdin", {"process": {"pid": pid}}).status_code == 200
+        ran = connect(client, pid, offset=0)
+    assert ran.stdout.split()[0].decode() == hashlib.sha256(text).hexdigest()
 
 
 def test_a_terminal_keeps_its_size_and_its_keyboard(agent):

@@ -114,6 +114,14 @@ def test_the_program_is_found_with_the_requests_path(plane, box):
     assert plane.start("conformance-tool", envs={"PATH": f"{box}:/usr/bin:/bin"}).stdout == b"found\n"
 
 
+@pytest.mark.parametrize("name", ["", "a=b", "="])
+@contract("1.7/invalid_argument")
+def test_a_variable_that_cannot_be_is_refused_by_name(plane, name):
+    ran = plane.start("/usr/bin/env", envs={"GOOD": "1", name: "x"})
+    assert (ran.order, ran.error["code"]) == (["end frame"], "invalid_argument")
+    assert ran.error["message"] == f'process.envs: "{name}" cannot be the name of a variable'
+
+
 @hosted
 @contract("2.2/oom")
 def test_a_command_is_killed_before_the_agent_when_memory_runs_out(plane):

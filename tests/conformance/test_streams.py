@@ -234,6 +234,11 @@ def test_a_malformed_timeout_is_refused_and_runs_nothing(plane, box, timeout):
     assert (ran.order, ran.error["code"]) == (["end frame"], "invalid_argument")
     assert "timeout" in ran.error["message"].lower()
     assert plane.sh(f"ls {box}") == ""
+    answer = plane.fs("MakeDir", path=f"{box}/made", _headers={"Connect-Timeout-Ms": timeout})
+    assert answer.status == 400
+    status, code, message = answer.error
+    assert (code, message.split(":")[0]) == ("invalid_argument", "connect-timeout-ms")
+    assert plane.sh(f"ls {box}") == ""
 
 
 @hosted

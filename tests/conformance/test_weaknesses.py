@@ -721,14 +721,15 @@ def test_w31_an_unknown_user_does_not_read_like_a_missing_token(plane):
 @hosted
 @pytest.mark.parametrize("codec", ["json"])
 def test_w32_the_end_of_a_command_is_recorded_in_full(plane, codec):
-    record = plane.start("/bin/bash", "-c", "for ((n = 0; n < 100000; n++)); do :; done; echo out; echo error >&2; exit 3").end[
-        "record"
-    ]
+    memory = "head -c 50000000 /dev/zero | tail -c 50000000 > /dev/null"
+    script = f"for ((n = 0; n < 100000; n++)); do :; done; {memory}; echo out; echo error >&2; exit 3"
+    record = plane.start("/bin/bash", "-c", script).end["record"]
     assert (record["cause"], record["exitCode"]) == ("exited", 3)
     assert (int(record["stdoutBytes"]), int(record["stderrBytes"])) == (4, 6)
     assert int(record["userCpuUs"]) > 1000
     assert int(record["durationMs"]) < 30_000
-    assert int(record["peakMemoryBytes"]) > 100_000
+    # Unknown where no group counts it and the agent had more itself.
+    assert "peakMemoryBytes" not in record or int(record["peakMemoryBytes"]) > 50_000_000
     assert not record.get("oomKilled") and not record.get("timedOut")
 
 

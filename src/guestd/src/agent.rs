@@ -42,7 +42,7 @@ use crate::system::{self, System};
 use crate::upgrade::{self, Door, Parts, Resumed, Upgrader};
 
 /// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
-const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
+pub(crate) const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
 
 /// Where the machine's control groups are (cgroups(7)).
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";

@@ -77,6 +77,13 @@ impl Group {
         Ok(())
     }
 
+    /// What is in it and below, by number; as far as it can be read.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut found = Vec::new();
+        collect(&self.path, DEPTH, &mut found);
+        found
+    }
+
     pub fn usage(&self) -> GroupUsage {
         let cpu = self.read("cpu.stat");
         let micros = |key| Duration::from_micros(value(&cpu, key).unwrap_or(0));
@@ -105,6 +112,22 @@ impl Group {
                 tracing::warn!(group = %self.path.display(), %error, "an empty control group stays");
             }
         });
+    }
+}
+
+fn collect(group: &Path, depth: usize, found: &mut Vec<i32>) {
+    let own = std::process::id();
+    let listed = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    // 0 is a process that this one cannot see.
+    let pids = listed.lines().filter_map(|pid| pid.parse::<i32>().ok());
+    found.extend(pids.filter(|pid| *pid > 1 && pid.unsigned_abs() != own));
+    if depth == 0 {
+        return;
+    }
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect(&entry.path(), depth - 1, found);
+        }
     }
 }
 
@@ -166,6 +189,16 @@ mod tests {
         assert_eq!((usage.peak_memory, usage.oom_kills), (Some(4096), 2));
         let none = Group::at(folder.path().join("gone")).usage();
         assert_eq!(none, GroupUsage::default());
+    }
+
+    #[test]
+    fn what_a_command_divided_is_found_below_its_group() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("a/b")).unwrap();
+        fs::write(folder.path().join("cgroup.procs"), "0\n1\n300\n").unwrap();
+        fs::write(folder.path().join("a/b/cgroup.procs"), format!("{}\n301\n", std::process::id())).unwrap();
+        assert_eq!(Group::at(folder.path().to_owned()).processes(), [300, 301]);
+        assert!(Group::at(folder.path().join("gone")).processes().is_empty());
     }
 
     #[test]

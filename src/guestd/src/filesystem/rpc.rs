@@ -69,7 +69,7 @@ impl wire::Filesystem for Filesystem {
         context: RequestContext,
         request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        let pace = Pace::of(&context)?;
+        let pace = Pace::of(&context);
         let options = Options {
             recursive: request.recursive,
             include_entry: request.include_entry,

@@ -64,8 +64,8 @@ impl IdentityError {
 
 /// The user name in the value of an `Authorization` header of the form `Basic base64("name:anything")`.
 ///
-/// Returns `None` for another scheme, for text that is not base64, and for an empty name. Unpadded and URL-safe base64 are
-/// accepted, as is a missing colon: what counts is the name (contract: envd.md section 2.1).
+/// Returns `None` for another scheme, for text that is not base64 or has no colon (as Go's parser has it), and for an empty name.
+/// Unpadded and URL-safe base64 are accepted (contract: envd.md section 2.1).
 pub fn basic_user_name(header: &str) -> Option<String> {
     let (scheme, credentials) = header.trim().split_once(' ')?;
     if !scheme.eq_ignore_ascii_case("basic") {
@@ -74,7 +74,7 @@ pub fn basic_user_name(header: &str) -> Option<String> {
     let credentials = credentials.trim();
     let decoded = STANDARD.decode(credentials).or_else(|_| URL_SAFE.decode(credentials)).ok()?;
     let text = String::from_utf8(decoded).ok()?;
-    let name = text.split_once(':').map_or(text.as_str(), |(name, _password)| name);
+    let (name, _password) = text.split_once(':')?;
     (!name.is_empty()).then(|| name.to_owned())
 }
 
@@ -138,7 +138,7 @@ mod tests {
             ("Basic dXNlcjo", Some("user")),
             ("basic dXNlcjpwYXNz", Some("user")),
             ("Basic   dXNlcjpwYXNz  ", Some("user")),
-            ("Basic dXNlcg==", Some("user")),
+            ("Basic dXNlcg==", None),
             ("Basic dXNlcjphOmI6Yw==", Some("user")),
             // "useþ:" differs between the two alphabets.
             ("Basic dXNlw746Pz8_", Some("useþ")),

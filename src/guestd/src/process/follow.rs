@@ -28,7 +28,7 @@ impl Wishes {
     /// Of a Start. Its output begins at 0, so a client can only ask for offsets as such.
     ///
     /// # Errors
-    /// `invalid_argument` for a deadline or an offset that cannot be read, `out_of_range` for an offset that is not 0.
+    /// `invalid_argument` for an offset that cannot be read, `out_of_range` for an offset that is not 0.
     pub(super) fn of_start(ctx: &RequestContext) -> Result<Self, ConnectError> {
         let wishes = Self::of_connect(ctx, None)?;
         match wishes.offset {
@@ -40,10 +40,10 @@ impl Wishes {
     /// Of a Connect; the message's own offset goes before the header's.
     ///
     /// # Errors
-    /// `invalid_argument` for a deadline or an offset that cannot be read.
+    /// `invalid_argument` for an offset that cannot be read.
     pub(super) fn of_connect(ctx: &RequestContext, from_offset: Option<u64>) -> Result<Self, ConnectError> {
         let in_header = offset(ctx)?;
-        Ok(Self { pace: Pace::of(ctx)?, offset: from_offset.or(in_header) })
+        Ok(Self { pace: Pace::of(ctx), offset: from_offset.or(in_header) })
     }
 
     /// Attaches to a process, at the offset if one was asked for.

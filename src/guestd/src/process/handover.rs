@@ -3,11 +3,13 @@
 //! Descriptors are numbers here: who replaces this program leaves them open. Exporting changes nothing, so that an agent which could not
 //! be replaced goes on.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use guestd_idle::{HoldClass, HoldId};
 use guestd_protocol::wire::process as wire;
 use tokio::net::unix::pipe;
@@ -15,7 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::exit::Kill;
-use super::input::{Input, Sink};
+use super::input::{Input, Owed, Sink};
 use super::leader::Leader;
 use super::output::{Channel, Output, OutputState, Reader};
 use super::run::{self, Finishing, Source};
@@ -44,10 +46,35 @@ struct ProcessState {
     retired: Option<Stamp>,
     /// The writing end of stdin.
     input: Option<RawFd>,
+    /// Input that was taken for it.
+    #[serde(default)]
+    owed: OwedState,
     /// Its terminal, while it lives.
     master: Option<RawFd>,
     ends: Vec<(Channel, RawFd)>,
     output: OutputState,
+}
+
+/// Its bytes are in the store.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+struct OwedState {
+    stored_at: u64,
+    length: u64,
+    closing: bool,
+}
+
+impl OwedState {
+    fn of(owed: &Owed, store: &mut Store) -> Self {
+        let stored_at = store.len();
+        owed.pieces.iter().for_each(|piece| store.put(piece));
+        Self { stored_at, length: store.len() - stored_at, closing: owed.closing }
+    }
+
+    fn restore(&self, store: &Store) -> Option<Owed> {
+        let bytes = Bytes::copy_from_slice(store.get(self.stored_at, self.length)?);
+        let pieces = if bytes.is_empty() { VecDeque::new() } else { VecDeque::from([bytes]) };
+        Some(Owed { pieces, closing: self.closing })
+    }
 }
 
 /// All of them.
@@ -111,6 +138,7 @@ impl Process {
             finishing: self.finishing(),
             retired: lock(&self.retired).map(Stamp::of),
             input: self.input.pipe(),
+            owed: OwedState::of(&self.input.owed(), store),
             master: self.terminal().map(|terminal| terminal.as_raw_fd()),
             ends: lock(&self.ends).clone(),
             output: self.output.export(store),
@@ -135,6 +163,12 @@ impl Processes {
     pub fn take_clients(&self) {
         self.leaving.send_replace(false);
         lock(&self.stand_ins).clear();
+        self.list().iter().for_each(pay);
+    }
+
+    /// Turns true when the agent is about to be replaced.
+    pub(super) fn leaving(&self) -> watch::Receiver<bool> {
+        self.leaving.subscribe()
     }
 
     pub fn export(&self, store: &mut Store) -> ProcessesState {
@@ -214,6 +248,7 @@ impl Processes {
         let (process, stand_ins) = self.rebuild(state, store, sink, terminal)?;
         lock(&self.stand_ins).extend(stand_ins);
         self.lock().live.insert(process.pid, Arc::clone(&process));
+        pay(&process);
         tokio::spawn(run::run(Arc::clone(self), process, leader, sources));
         Ok(())
     }
@@ -243,14 +278,19 @@ impl Processes {
         let attachment = Attachment { hold, class, ended };
         let (output, stand_ins) = Output::restore(&state.output, store, attachment, Arc::clone(&self.budget))
             .ok_or_else(|| std::io::Error::other("its output is not in the handover"))?;
+        let owed = state
+            .owed
+            .restore(store)
+            .ok_or_else(|| std::io::Error::other("its input is not in the handover"))?;
         let is_reaped = ended || state.finishing.is_some();
         let process = Process {
             pid: state.pid,
             output,
-            input: Input::of_kind(state.terminal.is_some(), sink),
+            input: Input::restored(state.terminal.is_some(), sink, owed, self.leaving.clone()),
             terminal: Mutex::new(terminal),
             group: Mutex::new(state.group.map(Group::at)),
             kill: Mutex::new(state.kill),
+            asked_job: Mutex::default(),
             reaped: watch::Sender::new(is_reaped),
             deadline: state.deadline.map(Stamp::instant),
             ends: Mutex::new(state.ends),
@@ -273,6 +313,14 @@ impl Processes {
             },
         };
         Ok((Arc::new(process), stand_ins))
+    }
+}
+
+/// Input that was taken while an agent was being replaced goes to the process.
+fn pay(process: &Arc<Process>) {
+    if process.input.owes() {
+        let process = Arc::clone(process);
+        tokio::spawn(async move { process.input.pay().await });
     }
 }
 

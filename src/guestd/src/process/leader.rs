@@ -27,7 +27,8 @@ pub struct Ended {
 pub struct Usage {
     pub user: Duration,
     pub system: Duration,
-    /// The largest resident set of any one of them, in bytes.
+    /// The largest resident set of any one of them, in bytes; 0 when it is not known. A child begins as a copy of this program, and the
+    /// kernel counts that as its own: up to what this program once had, the number says nothing of the child.
     pub peak_memory: u64,
 }
 
@@ -81,15 +82,29 @@ impl Leader {
     /// When it is no child of this process, or was reaped already.
     pub async fn wait(&mut self) -> io::Result<Ended> {
         loop {
+            self.ended().await?;
             if let Some(ended) = reap(self.pid, libc::WNOHANG)? {
                 return Ok(ended);
+            }
+        }
+    }
+
+    /// Waits for its end and does not reap it: until that is done, its number and that of the group it leads are nobody else's. Dropping the
+    /// future loses nothing.
+    ///
+    /// # Errors
+    /// As [`Leader::wait`].
+    pub async fn ended(&mut self) -> io::Result<()> {
+        loop {
+            if has_ended(self.pid)? {
+                return Ok(());
             }
             match &mut self.news {
                 // Not cleared before the next look: a pidfd that became readable stays so.
                 News::Pidfd(fd) => {
                     let mut ready = fd.readable().await?;
-                    if let Some(ended) = reap(self.pid, libc::WNOHANG)? {
-                        return Ok(ended);
+                    if has_ended(self.pid)? {
+                        return Ok(());
                     }
                     ready.clear_ready();
                 }
@@ -105,6 +120,24 @@ impl Leader {
         match &self.news {
             News::Pidfd(fd) => Some(fd.as_raw_fd()),
             News::AnyChild(_) => None,
+        }
+    }
+}
+
+/// waitid(2), which leaves the child to be reaped.
+fn has_ended(pid: i32) -> io::Result<bool> {
+    // SAFETY: a plain structure of integers.
+    let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    loop {
+        // SAFETY: the pointer is to a value of ours that outlives the call.
+        if unsafe { libc::waitid(libc::P_PID, pid.cast_unsigned(), &raw mut info, options) } == 0 {
+            // SAFETY: waitid fills in the fields of SIGCHLD, or leaves them zero while nothing has ended.
+            return Ok(unsafe { info.si_pid() } == pid);
+        }
+        match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => {}
+            error => return Err(error),
         }
     }
 }
@@ -136,11 +169,21 @@ fn status_of(status: c_int) -> Status {
 }
 
 fn usage_of(usage: &libc::rusage) -> Usage {
+    let peak = if usage.ru_maxrss > own_peak() { usage.ru_maxrss } else { 0 };
     Usage {
         user: duration(usage.ru_utime),
         system: duration(usage.ru_stime),
-        peak_memory: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
+        peak_memory: u64::try_from(peak).unwrap_or(0) * 1024,
     }
+}
+
+/// In KiB. Of this process whatever program it was: more than a child can have begun with.
+fn own_peak() -> libc::c_long {
+    // SAFETY: a plain structure of integers.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    // SAFETY: getrusage fills in a value of ours; of this process it cannot fail.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    usage.ru_maxrss
 }
 
 fn duration(time: libc::timeval) -> Duration {
@@ -169,8 +212,30 @@ mod tests {
             let mut leader = Leader::adopt(stranger(script)).unwrap();
             let ended = tokio::time::timeout(Duration::from_secs(10), leader.wait()).await.unwrap().unwrap();
             assert_eq!(ended.status, status, "{script}");
-            assert!(ended.usage.peak_memory > 0);
         }
+    }
+
+    #[tokio::test]
+    async fn the_memory_of_the_agent_is_not_told_as_a_childs() {
+        let mut own = vec![1_u8; 64 << 20];
+        std::hint::black_box(&mut own);
+        let small = Leader::adopt(stranger("exit 0")).unwrap().wait().await.unwrap();
+        assert_eq!(small.usage.peak_memory, 0);
+        let hungry = "head -c 300000000 /dev/zero | tail -c 300000000 | wc -c > /dev/null";
+        let large = Leader::adopt(stranger(hungry)).unwrap().wait().await.unwrap();
+        assert!(large.usage.peak_memory > 300_000_000, "{:?}", large.usage);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_ended_keeps_its_number_until_it_is_reaped() {
+        let pid = stranger("exit 3");
+        let mut leader = Leader::adopt(pid).unwrap();
+        for _ in 0..2 {
+            tokio::time::timeout(Duration::from_secs(10), leader.ended()).await.unwrap().unwrap();
+            assert!(std::path::Path::new(&format!("/proc/{pid}")).exists());
+        }
+        assert_eq!(leader.wait().await.unwrap().status, Status::Exited(3));
+        assert_eq!(leader.ended().await.unwrap_err().raw_os_error(), Some(libc::ECHILD));
     }
 
     #[tokio::test]

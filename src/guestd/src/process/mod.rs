@@ -64,9 +64,9 @@ const SYSTEM_TAG: &str = "_system";
 pub enum ProcessError {
     #[error("process with pid {0} not found")]
     NoPid(u32),
-    #[error("process with tag {0} not found")]
+    #[error("process with tag {} not found", spec::excerpt(.0))]
     NoTag(String),
-    #[error("error starting {} '{command}': {source}", if *.terminal { "pty with command" } else { "process" })]
+    #[error("error starting {} '{command}': {}", if *.terminal { "pty with command" } else { "process" }, reason(.source))]
     Spawn { command: String, terminal: bool, source: std::io::Error },
     #[error(transparent)]
     Input(#[from] InputError),
@@ -78,6 +78,18 @@ pub enum ProcessError {
     NoTerminal,
     #[error("error resizing tty: {0}")]
     Resize(std::io::Error),
+}
+
+/// In the words of envd's clients: the system's, without its number and with a small letter first (contract: envd.md section 1.10).
+fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error ").next().unwrap_or_default();
+    match text.chars().next() {
+        Some(first) if error.raw_os_error().is_some() => {
+            format!("{}{}", first.to_lowercase(), &text[first.len_utf8()..])
+        }
+        _ => text.to_owned(),
+    }
 }
 
 /// One process, alive or just ended.
@@ -93,6 +105,8 @@ pub struct Process {
     group: Mutex<Option<Group>>,
     /// The last attempt to end it.
     kill: Mutex<Option<Kill>>,
+    /// The terminal's job that was asked to end with it.
+    asked_job: Mutex<Option<i32>>,
     /// Turns true when the process was reaped.
     reaped: watch::Sender<bool>,
     /// When its time is over.
@@ -128,7 +142,7 @@ impl Process {
     pub async fn write(
         &self,
         kind: InputKind,
-        bytes: &[u8],
+        bytes: bytes::Bytes,
         deadline: Option<Instant>,
     ) -> Result<(), ProcessError> {
         // Before the process takes it: whoever types is there, whatever the program does.
@@ -163,8 +177,9 @@ impl Process {
         self.spec.terminal.is_some()
     }
 
-    /// Asks the process to end (SIGTERM: its group, and the job that its terminal's keyboard belongs to) or ends it with everything that
-    /// it started (SIGKILL). After SIGKILL it is gone when this returns. `by` is who wants that.
+    /// Asks the process to end (SIGTERM: it alone, and the job that its terminal's keyboard belongs to; when it has ended, what is left of
+    /// what it started) or ends it with everything that it started (SIGKILL). After SIGKILL it is gone when this returns. `by` is who wants
+    /// that. The rule is envd's and what its clients need beyond it (contract: envd.md sections 2.11 and 11, weakness 2).
     ///
     /// # Errors
     /// [`ProcessError::NoPid`] when it has finished already: SDKs turn it into "there was nothing to kill".
@@ -187,28 +202,31 @@ impl Process {
 
     fn ask(&self, signal: Signal, kill: Kill) -> Result<(), Errno> {
         self.note(kill);
-        signals::to_group(self.pid, signal)?;
-        self.signal_foreground(signal);
-        Ok(())
+        let job = self.terminal().and_then(|terminal| terminal.foreground());
+        *lock(&self.asked_job) = job;
+        signals::ask(self.pid, job, signal)
+    }
+
+    /// It has ended and is not reaped yet. If it was asked to end, so is what it leaves.
+    fn ask_rest(&self) {
+        let Some(Kill::Signal { signal: libc::SIGTERM, .. }) = self.kill() else { return };
+        let others = lock(&self.group).as_ref().map(Group::processes).unwrap_or_default();
+        signals::to_rest(self.pid, *lock(&self.asked_job), &others, Signal::SIGTERM);
     }
 
     /// Ends the process and what it started.
     fn end_all(&self, kill: Kill) -> Result<(), Errno> {
         self.note(kill);
         // Asked for before its session loses its leader.
-        self.signal_foreground(Signal::SIGKILL);
+        if let Some(terminal) = self.terminal() {
+            signals::to_foreground(terminal.foreground(), self.pid, Signal::SIGKILL);
+        }
         let sent = signals::to_group(self.pid, Signal::SIGKILL);
         // And whatever left its process group.
         if let Some(Err(error)) = lock(&self.group).as_ref().map(Group::kill) {
             tracing::warn!(pid = self.pid, %error, "the control group of a command could not be killed");
         }
         sent
-    }
-
-    fn signal_foreground(&self, signal: Signal) {
-        if let Some(terminal) = self.terminal() {
-            signals::to_foreground(terminal.foreground(), self.pid, signal);
-        }
     }
 
     fn terminal(&self) -> Option<Arc<Terminal>> {
@@ -370,10 +388,11 @@ impl Processes {
             leaving: self.leaving.clone(),
             pid,
             output: output::Output::new(Attachment::new(hold, class), Arc::clone(&self.budget)),
-            input: Input::new(sink),
+            input: Input::new(sink, self.leaving.clone()),
             terminal: Mutex::new(terminal),
             group: Mutex::new(group),
             kill: Mutex::default(),
+            asked_job: Mutex::default(),
             reaped: watch::Sender::new(false),
             spec,
         });

@@ -48,6 +48,7 @@ impl From<ProcessError> for ConnectError {
             ProcessError::Group { source: GroupError::Frozen(_), .. } => ErrorCode::Unavailable,
             ProcessError::Group { .. } => ErrorCode::FailedPrecondition,
             ProcessError::Input(InputError::Stalled { .. }) => ErrorCode::DeadlineExceeded,
+            ProcessError::Input(InputError::Leaving { .. }) => ErrorCode::Unavailable,
             ProcessError::Input(InputError::NoCloseForTerminal) => ErrorCode::Unknown,
             ProcessError::Input(_)
             | ProcessError::Signal(_)
@@ -144,7 +145,17 @@ impl wire::Process for ProcessService {
         use wire::stream_input_request::Event as Wire;
         let deadline = ctx.deadline().map(Instant::from_std);
         let mut target: Option<Arc<Process>> = None;
-        while let Some(message) = requests.next().await {
+        let mut leaving = self.processes.leaving();
+        let mut taken = 0;
+        loop {
+            let message = tokio::select! {
+                biased;
+                _ = leaving.wait_for(|leaving| *leaving) => return Err(ConnectError::unavailable(format!(
+                    "StreamInput: the agent is being replaced: {taken} bytes of input were taken, send the rest on another stream"
+                ))),
+                message = requests.next() => message,
+            };
+            let Some(message) = message else { break };
             let message = message.map_err(broken_input)?.to_owned_message();
             match message.event {
                 Some(Wire::Start(start)) => {
@@ -155,7 +166,9 @@ impl wire::Process for ProcessService {
                         .as_ref()
                         .ok_or_else(|| ConnectError::failed_precondition("StreamInput: data before start"))?;
                     let (kind, bytes) = input_of(data.input.into_option())?;
-                    process.write(kind, &bytes, deadline).await?;
+                    let length = bytes.len();
+                    process.write(kind, bytes.into(), deadline).await?;
+                    taken += length;
                 }
                 Some(Wire::Keepalive(_)) => {}
                 None => {
@@ -174,7 +187,7 @@ impl wire::Process for ProcessService {
         let request = request.to_owned_message();
         let process = self.processes.find_live(&selector(request.process.into_option())?)?;
         let (kind, bytes) = input_of(request.input.into_option())?;
-        process.write(kind, &bytes, ctx.deadline().map(Instant::from_std)).await?;
+        process.write(kind, bytes.into(), ctx.deadline().map(Instant::from_std)).await?;
         Response::ok(wire::SendInputResponse::default())
     }
 

@@ -163,7 +163,7 @@ async fn wait(process: &Process, leader: Option<Leader>) -> Ended {
     };
     let ended = loop {
         tokio::select! {
-            ended = leader.wait() => break ended,
+            ended = leader.ended() => break ended,
             () = sleep_until(deadline) => {
                 deadline = None;
                 if let Err(error) = process.end_all(Kill::Timeout) {
@@ -172,7 +172,14 @@ async fn wait(process: &Process, leader: Option<Leader>) -> Ended {
             }
         }
     };
-    ended.unwrap_or_else(|error| {
+    let reaped = match ended {
+        Ok(()) => {
+            process.ask_rest();
+            leader.wait().await
+        }
+        Err(error) => Err(error),
+    };
+    reaped.unwrap_or_else(|error| {
         tracing::error!(pid = process.pid, %error, "the end of a process could not be learnt");
         Ended { status: Status::Exited(-1), usage: Usage::default() }
     })

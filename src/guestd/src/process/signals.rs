@@ -23,6 +23,44 @@ pub(super) fn to_group(pid: u32, signal: Signal) -> Result<(), Errno> {
     sent
 }
 
+/// Asks a process to end, and with it the job that has its terminal's keyboard. What else it started is asked when the process has ended:
+/// until then it is the process's to look after. Each gets the signal once.
+///
+/// # Errors
+/// The kernel's answer for the process itself.
+pub(super) fn ask(pid: u32, foreground: Option<i32>, signal: Signal) -> Result<(), Errno> {
+    let Some(pid) = i32::try_from(pid).ok().filter(|pid| *pid > 1) else { return Err(Errno::ESRCH) };
+    let process = Pid::from_raw(pid);
+    match foreground.map(Pid::from_raw) {
+        Some(job) if getpgid(Some(process)) == Ok(job) => kill(Pid::from_raw(-job.as_raw()), signal),
+        job => {
+            let sent = kill(process, signal);
+            to_foreground(job.map(Pid::as_raw), pid.unsigned_abs(), signal);
+            sent
+        }
+    }
+}
+
+/// Signals what is left of the group of a process that ended and was not reaped, and of `others` who is in another group. A group that was
+/// `asked` already is not asked again.
+pub(super) fn to_rest(leader: u32, asked: Option<i32>, others: &[i32], signal: Signal) {
+    let Some(leader) = i32::try_from(leader).ok().filter(|pid| *pid > 1) else { return };
+    if asked != Some(leader) {
+        match kill(Pid::from_raw(-leader), signal) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => {
+                tracing::debug!(leader, %error, "the rest of a process group could not be signalled")
+            }
+        }
+    }
+    let is_left = |group: Pid| group.as_raw() != leader && Some(group.as_raw()) != asked;
+    for pid in others.iter().map(|pid| Pid::from_raw(*pid)) {
+        if getpgid(Some(pid)).is_ok_and(is_left) {
+            let _gone = kill(pid, signal);
+        }
+    }
+}
+
 /// Signals the job that has a terminal's keyboard, unless it is the group of `leader`, which had the signal already.
 pub(super) fn to_foreground(group: Option<i32>, leader: u32, signal: Signal) {
     let Some(group) = group.filter(|group| group.unsigned_abs() != leader) else { return };

@@ -1,8 +1,9 @@
 //! Starting a process: fork, become the user, exec.
 //!
 //! The child does its own search for the executable and its own exec, so that a missing file is what it is for a shell: the process
-//! starts, says so on stderr and exits with 127 (contract: envd.md section 1.10). Failures before that (the working directory, the
-//! user, the terminal) are the start's own error, which comes back through a pipe that a successful exec closes.
+//! starts, says so on stderr and exits with 127, or with 126 for a file that cannot be run (contract: envd.md section 1.10). Failures before
+//! that (the working directory, the user, the terminal), and an exec that failed for the size of the request or for want of something, are
+//! the start's own error, which comes back through a pipe that a successful exec closes.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -17,10 +18,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::unix::pipe;
 
-use super::Spec;
 use super::fork::{Side, fork};
 use super::input::Sink;
 use super::leader::{Leader, reap};
+use super::spec::{Spec, excerpt};
 use super::terminal::{self, Terminal};
 
 /// The exit codes of a shell that cannot run a command.
@@ -75,8 +76,8 @@ struct Exec {
     environment: Pointers,
     candidates: Vec<CString>,
     shell_argv: Pointers,
-    missing: Vec<u8>,
-    denied: Vec<u8>,
+    /// What it is called on stderr.
+    name: String,
     directory: CString,
     groups: Vec<libc::gid_t>,
     gid: libc::gid_t,
@@ -210,14 +211,13 @@ impl Exec {
         let own = unsafe { libc::geteuid() };
         let mut shell = vec![c"/bin/sh".to_owned(), CString::default()];
         shell.extend(spec.argv.iter().skip(1).cloned());
-        let name = &spec.config.cmd;
         Ok(Self {
             argv: Pointers::new(spec.argv.clone()),
             environment: Pointers::new(spec.environment.clone()),
             candidates: spec.candidates.clone(),
             shell_argv: Pointers::new(shell),
-            missing: format!("{name}: not found\n").into_bytes(),
-            denied: format!("{name}: Permission denied\n").into_bytes(),
+            // Never more than the pipe of stderr holds.
+            name: excerpt(&spec.config.cmd).into_owned(),
             directory: CString::new(spec.directory.as_os_str().as_bytes())?,
             groups: spec.user.groups.clone(),
             gid: spec.user.gid,
@@ -276,35 +276,58 @@ impl Exec {
         }
     }
 
-    /// Becomes the program, or says on stderr why not, as a shell would.
-    fn replace(&self) -> ! {
-        // SAFETY: plain system calls; the strings and arrays live as long as `self`.
-        unsafe {
-            let mut denied = false;
-            for candidate in &self.candidates {
-                libc::execve(
-                    candidate.as_ptr(),
-                    self.argv.pointers.as_ptr(),
-                    self.environment.pointers.as_ptr(),
-                );
-                match Errno::last_raw() {
-                    libc::ENOENT | libc::ENOTDIR => {}
-                    // A script without an interpreter line: the shell's, as execvp(3) has it. In the child, after the fork, the array
-                    // is this process's own copy.
-                    libc::ENOEXEC => {
-                        let argv = self.shell_argv.pointers.as_ptr().cast_mut();
-                        *argv.add(1) = candidate.as_ptr();
-                        libc::execve(c"/bin/sh".as_ptr(), argv, self.environment.pointers.as_ptr());
-                        denied = true;
-                    }
-                    _ => denied = true,
-                }
+    /// Becomes the program, or says on stderr why not, as a shell would. Returns with an error that is the start's own.
+    fn replace(&self) -> c_int {
+        let mut refused = None;
+        for candidate in &self.candidates {
+            let mut errno = self.exec(candidate, &self.argv);
+            if errno == libc::ENOEXEC {
+                // A script without an interpreter line: the shell's, as execvp(3) has it. In the child, after the fork, the array is this
+                // process's own copy.
+                // SAFETY: the array has two strings at least.
+                unsafe { *self.shell_argv.pointers.as_ptr().cast_mut().add(1) = candidate.as_ptr() };
+                errno = match self.exec(c"/bin/sh", &self.shell_argv) {
+                    of_shell if is_of_start(of_shell) => of_shell,
+                    _ => errno,
+                };
             }
-            let (text, code) =
-                if denied { (&self.denied, EXIT_NOT_EXECUTABLE) } else { (&self.missing, EXIT_NOT_FOUND) };
-            libc::write(2, text.as_ptr().cast(), text.len());
+            match errno {
+                libc::ENOENT | libc::ENOTDIR => {}
+                errno if is_of_start(errno) => return errno,
+                errno => refused = refused.or(Some(errno)),
+            }
+        }
+        let (why, code) =
+            refused.map_or(("not found", EXIT_NOT_FOUND), |errno| (words(errno), EXIT_NOT_EXECUTABLE));
+        let piece =
+            |text: &str| libc::iovec { iov_base: text.as_ptr().cast_mut().cast(), iov_len: text.len() };
+        let line = [piece(&self.name), piece(": "), piece(why), piece("\n")];
+        // SAFETY: the pieces are strings that outlive the call, which only reads them.
+        unsafe {
+            libc::writev(2, line.as_ptr(), line.len() as c_int);
             libc::_exit(code);
         }
+    }
+
+    /// execve(2); returns with its error.
+    fn exec(&self, file: &CStr, argv: &Pointers) -> c_int {
+        // SAFETY: a plain system call; the strings and arrays live as long as `self`.
+        unsafe { libc::execve(file.as_ptr(), argv.pointers.as_ptr(), self.environment.pointers.as_ptr()) };
+        Errno::last_raw()
+    }
+}
+
+/// Errors of an exec that say nothing of the file: the request is too large, or the machine or the user has no more to give.
+const fn is_of_start(errno: c_int) -> bool {
+    matches!(errno, libc::E2BIG | libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE)
+}
+
+/// As the C library, and so a shell, has it; its own function may allocate.
+fn words(errno: c_int) -> &'static str {
+    match errno {
+        libc::ELOOP => "Too many levels of symbolic links",
+        libc::EIO => "Input/output error",
+        errno => Errno::from_raw(errno).desc(),
     }
 }
 

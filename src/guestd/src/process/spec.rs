@@ -1,5 +1,6 @@
 //! What to start: a request, checked and completed (contract: envd.md sections 2.2 to 2.5).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::{CString, NulError};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,9 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// The kind of terminal, where nobody says: what SDKs set (contract: envd.md section 2.3).
 const DEFAULT_TERM: &str = "xterm-256color";
 
+/// The most of a client's own text that is said again, in bytes.
+const ECHO_LIMIT: usize = 1024;
+
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
     #[error("process: a start request names a process")]
@@ -26,11 +30,13 @@ pub enum SpecError {
     NoCommand,
     #[error("{field}: must not contain a NUL byte")]
     Nul { field: &'static str },
+    #[error("process.envs: {:?} cannot be the name of a variable", excerpt(.0))]
+    Variable(String),
     #[error(transparent)]
     Limit(#[from] LimitError),
     #[error("process.cwd: {0}")]
     Path(#[from] PathError),
-    #[error("cwd '{}' does not exist", .0.display())]
+    #[error("cwd '{}' does not exist", excerpt(&.0.to_string_lossy()))]
     NoDirectory(PathBuf),
 }
 
@@ -84,6 +90,10 @@ impl Spec {
             let size = pty.size.into_option().unwrap_or_default();
             Size::from_wire(size.cols, size.rows, None)
         });
+        // environ(7)
+        if let Some(name) = config.envs.keys().find(|name| name.is_empty() || name.contains('=')) {
+            return Err(SpecError::Variable(name.clone()));
+        }
         let mut variables = environment(&config, &user, settings);
         if terminal.is_some() {
             variables.entry("TERM".to_owned()).or_insert_with(|| DEFAULT_TERM.to_owned());
@@ -121,16 +131,29 @@ impl Spec {
 
     /// The file name of the executable, for logs: arguments may hold secrets.
     pub fn name(&self) -> &str {
-        self.config.cmd.rsplit('/').next().unwrap_or_default()
+        let name = self.config.cmd.rsplit('/').next().unwrap_or_default();
+        &name[..name.floor_char_boundary(ECHO_LIMIT)]
     }
 
-    /// The command as one line, for people.
+    /// The command as one line, for people: the beginning of a long one.
     pub fn command_line(&self) -> String {
-        std::iter::once(&self.config.cmd)
-            .chain(&self.config.args)
-            .map(String::as_str)
-            .collect::<Vec<_>>()
-            .join(" ")
+        let mut line = self.config.cmd.clone();
+        for argument in &self.config.args {
+            if line.len() > ECHO_LIMIT {
+                break;
+            }
+            line.push(' ');
+            line.push_str(argument);
+        }
+        excerpt(&line).into_owned()
+    }
+}
+
+/// The beginning of a client's text, with an ellipsis where more follows.
+pub(super) fn excerpt(text: &str) -> Cow<'_, str> {
+    match text.floor_char_boundary(ECHO_LIMIT) {
+        end if end < text.len() => Cow::Owned(format!("{}…", &text[..end])),
+        _ => Cow::Borrowed(text),
     }
 }
 
@@ -146,8 +169,6 @@ fn environment(config: &wire::ProcessConfig, user: &User, settings: &Values) -> 
     variables.extend(settings.environment.clone());
     variables.extend(settings.internal_environment.clone());
     variables.extend(config.envs.iter().map(|(name, value)| (name.clone(), value.clone())));
-    // A name with a '=' or nothing in it cannot be a variable; environ(7).
-    variables.retain(|name, _| !name.is_empty() && !name.contains('='));
     variables
 }
 
@@ -168,6 +189,14 @@ fn candidates(command: &str, path: &str, directory: &Path) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_that_is_said_again_is_short() {
+        assert_eq!(excerpt("short"), "short");
+        assert_eq!(excerpt(&"x".repeat(ECHO_LIMIT)), "x".repeat(ECHO_LIMIT));
+        let long = format!("x{}", "é".repeat(ECHO_LIMIT));
+        assert_eq!(excerpt(&long), format!("x{}…", "é".repeat(ECHO_LIMIT / 2 - 1)));
+    }
 
     #[test]
     fn a_command_with_a_slash_is_not_searched_for() {

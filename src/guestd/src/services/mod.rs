@@ -2,7 +2,7 @@
 //!
 //! [`Services`] stands in front of them and does what all of them need: `objects` refuses JSON that is no message, `legacy` spares one old
 //! client what it cannot read, [`outlet`] is the short way of a stream's answer, and [`pace`] is what a client asks of its stream: a
-//! deadline, and keepalives.
+//! deadline, which must be readable on every call, and keepalives.
 
 mod legacy;
 mod objects;
@@ -29,13 +29,15 @@ pub struct Services {
     binary: ConnectRpcService,
     json: ConnectRpcService,
     old: ConnectRpcService,
+    misspelt: ConnectRpcService,
 }
 
 impl Services {
     pub fn new(binary: ConnectRpcService) -> Self {
         let json = binary.clone().with_interceptor(ObjectsOnly);
         let old = json.clone().with_interceptor(OldShape);
-        Self { binary, json, old }
+        let misspelt = binary.clone().with_interceptor(pace::Refusal);
+        Self { binary, json, old, misspelt }
     }
 }
 
@@ -57,6 +59,10 @@ impl Service<Request<Body>> for Services {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         pace::drop_endless_deadline(request.headers_mut());
         let headers = request.headers();
+        if pace::is_misspelt(headers) {
+            let answer = self.misspelt.call(request);
+            return Box::pin(answer.map(|answer| answer.map(|answer| answer.map(Body::new))));
+        }
         if legacy::is_old(headers) {
             let answer = self.old.call(request).map(|answer| {
                 answer.map(|mut answer| {

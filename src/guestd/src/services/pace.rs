@@ -3,13 +3,16 @@
 
 use std::time::Duration;
 
-use axum::http::HeaderMap;
-use connectrpc::{ConnectError, RequestContext};
+use axum::http::{HeaderMap, header};
+use connectrpc::interceptor::{Next, NextStream, PayloadStream, StreamRequest, StreamResponse};
+use connectrpc::interceptor::{UnaryRequest, UnaryResponse};
+use connectrpc::{ConnectError, Interceptor, RequestContext};
 use tokio::time::{Instant, sleep_until};
 
 /// The header with which a client asks for keepalive messages, in whole seconds.
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
 const TIMEOUT_HEADER: &str = "connect-timeout-ms";
+const GRPC_TIMEOUT_HEADER: &str = "grpc-timeout";
 const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
 /// As good as for ever, and still a time.
 const KEEPALIVE_LIMIT: Duration = Duration::from_secs(100 * 365 * 86_400);
@@ -23,6 +26,61 @@ pub(super) fn drop_endless_deadline(headers: &mut HeaderMap) {
         |text: &[u8]| !text.is_empty() && text.len() <= 10 && text.iter().all(|digit| *digit == b'0');
     if headers.get(TIMEOUT_HEADER).is_some_and(|value| is_zero(value.as_bytes())) {
         headers.remove(TIMEOUT_HEADER);
+    }
+}
+
+/// What is wrong with the timeout of a request, in its protocol's own header.
+fn timeout_fault(headers: &HeaderMap) -> Option<&'static str> {
+    let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |kind| kind.as_bytes());
+    let is_number =
+        |text: &[u8], digits| (1..=digits).contains(&text.len()) && text.iter().all(u8::is_ascii_digit);
+    if kind.starts_with(b"application/grpc") {
+        let value = headers.get(GRPC_TIMEOUT_HEADER)?.as_bytes();
+        let good =
+            value.split_last().is_some_and(|(unit, number)| b"HMSmun".contains(unit) && is_number(number, 8));
+        return (!good).then_some(
+            "grpc-timeout: must be a whole number of at most eight digits and one of H, M, S, m, u, n",
+        );
+    }
+    let value = headers.get(TIMEOUT_HEADER)?.as_bytes();
+    let good = is_number(value, 10);
+    (!good).then_some("connect-timeout-ms: must be a whole number of milliseconds with at most ten digits")
+}
+
+/// Whether a request is for [`Refusal`].
+pub(super) fn is_misspelt(headers: &HeaderMap) -> bool {
+    timeout_fault(headers).is_some()
+}
+
+/// Refuses calls whose timeout cannot be read with `invalid_argument`: neither a command nor a call may last for ever because its limit was
+/// misspelt.
+pub(super) struct Refusal;
+
+impl Refusal {
+    fn of(context: &RequestContext) -> ConnectError {
+        ConnectError::invalid_argument(
+            timeout_fault(context.headers()).unwrap_or("the timeout cannot be read"),
+        )
+    }
+}
+
+#[connectrpc::async_trait]
+impl Interceptor for Refusal {
+    async fn intercept_unary(
+        &self,
+        request: UnaryRequest,
+        _next: Next<'_>,
+    ) -> Result<UnaryResponse, ConnectError> {
+        Err(Self::of(&request.ctx))
+    }
+
+    async fn intercept_streaming(
+        &self,
+        request: StreamRequest,
+        _inbound: PayloadStream,
+        _next: NextStream<'_>,
+    ) -> Result<StreamResponse, ConnectError> {
+        Err(Self::of(&request.ctx))
     }
 }
 
@@ -40,23 +98,13 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// # Errors
-    /// `invalid_argument` when the timeout cannot be read: neither a command nor a stream may last for ever because its limit was
-    /// misspelt.
-    pub fn of(context: &RequestContext) -> Result<Self, ConnectError> {
-        if let Some(value) = context.header(TIMEOUT_HEADER) {
-            let text = value.to_str().unwrap_or_default();
-            if text.is_empty() || text.len() > 10 || !text.bytes().all(|byte| byte.is_ascii_digit()) {
-                return Err(ConnectError::invalid_argument(format!(
-                    "{TIMEOUT_HEADER}: must be a whole number of milliseconds with at most ten digits"
-                )));
-            }
-        }
+    /// Of a request whose timeout can be read: others do not get this far.
+    pub fn of(context: &RequestContext) -> Self {
         let asked = context
             .header(KEEPALIVE_HEADER)
             .and_then(|value| value.to_str().ok())
             .and_then(|text| text.parse().ok());
-        Ok(Self { keepalive: interval(asked), deadline: context.deadline().map(Instant::from_std) })
+        Self { keepalive: interval(asked), deadline: context.deadline().map(Instant::from_std) }
     }
 
     /// Ends at the deadline; without one, never.
@@ -131,6 +179,35 @@ mod tests {
             headers.insert(TIMEOUT_HEADER, text.parse().unwrap());
             drop_endless_deadline(&mut headers);
             assert_eq!(headers.contains_key(TIMEOUT_HEADER), stays, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_timeout_is_digits_in_its_protocols_own_header() {
+        let told = |kind: &'static str, name: &'static str, value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, kind.parse().unwrap());
+            headers.insert(name, value.parse().unwrap());
+            timeout_fault(&headers)
+        };
+        for kind in ["application/json", "application/connect+proto", ""] {
+            for value in ["abc", "", "-1", "+1", "1.5", "0x10", "12345678901", "1S"] {
+                assert!(told(kind, TIMEOUT_HEADER, value).unwrap().starts_with(TIMEOUT_HEADER), "{value}");
+            }
+            assert_eq!(told(kind, TIMEOUT_HEADER, "1234567890"), None);
+            assert_eq!(told(kind, GRPC_TIMEOUT_HEADER, "abc"), None, "not for this protocol");
+        }
+        for kind in ["application/grpc", "application/grpc-web+proto"] {
+            for value in ["abc", "", "S", "5", "5X", "123456789S", "+5S", "5 S"] {
+                assert!(
+                    told(kind, GRPC_TIMEOUT_HEADER, value).unwrap().starts_with(GRPC_TIMEOUT_HEADER),
+                    "{value}"
+                );
+            }
+            for value in ["12345678H", "0S", "5m", "7u", "1n", "2M"] {
+                assert_eq!(told(kind, GRPC_TIMEOUT_HEADER, value), None, "{value}");
+            }
+            assert_eq!(told(kind, TIMEOUT_HEADER, "abc"), None, "not for this protocol");
         }
     }
 
