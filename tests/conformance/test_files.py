@@ -316,10 +316,22 @@ def test_a_gzipped_body_is_unpacked(plane, box, form):
     assert plane.content(f"{box}/file") == b"plain"
 
 
-@pytest.mark.parametrize("encoding, content", [("br", b"x"), ("deflate", b"x"), ("gzip", b"no gzip"), ("gzip, gzip", b"x")])
+@pytest.mark.parametrize("encoding, content", [("br", b"x"), ("deflate", b"x"), ("gzip", b"no gzip"), ("gzip", b""), ("gzip, gzip", b"x")])
 @contract("4.6/gzip")
 def test_a_body_that_cannot_be_unpacked_is_400(plane, box, encoding, content):
+    plane.sh(f"printf old > {box}/file")
     refused(put(plane, content, f"{box}/file", {"Content-Encoding": encoding}), 400)
+    assert plane.content(f"{box}/file") == b"old"
+
+
+@contract("4.6/gzip")
+def test_every_member_of_a_gzipped_body_counts_and_nothing_else_may_follow(plane, box):
+    members = gzip.compress(b"one") + gzip.compress(b"two")
+    assert put(plane, members, f"{box}/file", {"Content-Encoding": "GZIP"}).status_code == 200
+    assert plane.content(f"{box}/file") == b"onetwo"
+    headers = {"Content-Encoding": "gzip", "Guestd-Replace": "atomic"}
+    refused(put(plane, members + b"garbage", f"{box}/file", headers), 400)
+    assert plane.content(f"{box}/file") == b"onetwo"
 
 
 @hosted

@@ -3,7 +3,7 @@
 //! Owns the handlers, their query and their errors. The access token and the signature are checked by the middleware in front;
 //! the user comes from the query and not from a Basic header. [`download`], [`upload`] and [`compose`] are the handlers, [`content`]
 //! opens for reading, [`destination`] for writing in place and [`staged`] for replacing at once, [`negotiation`] chooses the encoding,
-//! [`body`], [`multipart`], [`digest`] and [`metadata`] read requests, [`error`] says what went wrong.
+//! [`body`], [`gzip`], [`multipart`], [`digest`] and [`metadata`] read requests, [`error`] says what went wrong.
 
 mod body;
 mod compose;
@@ -12,6 +12,7 @@ mod destination;
 mod digest;
 mod download;
 mod error;
+mod gzip;
 mod head;
 mod metadata;
 mod multipart;
@@ -28,7 +29,6 @@ use axum::extract::DefaultBodyLimit;
 use axum::middleware::map_request;
 use axum::routing::{get, post};
 use http::StatusCode;
-use tower_http::decompression::RequestDecompressionLayer;
 
 use super::{Caller, Filesystem};
 
@@ -46,7 +46,7 @@ pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
         .route("/files/compose", post(compose::compose))
         .layer(DefaultBodyLimit::disable())
         // Removes the header of what it decodes; the upload refuses a request that still has one.
-        .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
+        .layer(map_request(gzip::decode))
         .layer(map_request(body::keep_wire_body))
         .with_state(filesystem)
 }

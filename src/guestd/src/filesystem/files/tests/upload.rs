@@ -136,6 +136,38 @@ async fn gzip_is_decoded_in_both_kinds_of_body() {
 }
 
 #[tokio::test]
+async fn every_member_of_a_gzip_body_arrives_and_what_follows_the_last_one_is_refused() {
+    let fixture = Fixture::new();
+    let body = |tail: &[u8]| [gzip(b"one"), gzip(b""), gzip(&large()), tail.to_vec()].concat();
+    let content = [b"one".to_vec(), large()].concat();
+    for (encoding, size) in [("gzip", 1), ("GZIP", 7), ("GZip", 1 << 20)] {
+        let headers = [OCTETS, ("content-encoding", encoding)];
+        let answer = post(&fixture, &[("path", "o")], &headers, in_pieces(body(b""), size)).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        assert!(std::fs::read(fixture.home.join("o")).unwrap() == content);
+    }
+    let path = fixture.write("kept", "old");
+    let atomic = [OCTETS, GZIP, ("guestd-replace", "atomic")];
+    for tail in [&b"\x1f"[..], b"\0", b"\n", b"garbage", &gzip(b"cut")[..15]] {
+        let answer = post(&fixture, &[("path", "kept")], &atomic, body(tail)).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{tail:?}");
+        assert!(answer.text().contains("the body is not valid gzip"), "{}", answer.text());
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    }
+}
+
+#[tokio::test]
+async fn a_multipart_body_may_be_in_several_gzip_members() {
+    let fixture = Fixture::new();
+    let plain = parts(&[("file", "m", &large())]);
+    let (start, end) = plain.split_at(plain.len() - 3);
+    let body = [gzip(start), gzip(end)].concat();
+    let answer = post(&fixture, &[], &[MULTIPART, GZIP], in_pieces(body, 1000)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert!(std::fs::read(fixture.home.join("m")).unwrap() == large());
+}
+
+#[tokio::test]
 async fn a_gzip_bomb_passes_through_in_small_pieces() {
     let fixture = Fixture::new();
     let answer =
@@ -149,7 +181,7 @@ async fn bad_encodings_are_the_clients_fault_and_leave_the_file_alone() {
     let fixture = Fixture::new();
     let path = fixture.write("f", "old");
     for (encoding, body) in
-        [("gzip", b"not gzip at all".to_vec()), ("br", vec![1]), ("gzip, gzip", gzip(b"x"))]
+        [("gzip", b"not gzip at all".to_vec()), ("gzip", vec![]), ("br", vec![1]), ("gzip, gzip", gzip(b"x"))]
     {
         let answer = post(&fixture, &[("path", "f")], &[OCTETS, ("content-encoding", encoding)], body).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{encoding}");
@@ -317,6 +349,19 @@ async fn a_body_that_breaks_off_is_an_error_and_not_a_short_file() {
     for (pairs, kind) in [(&[("path", "f")][..], OCTETS), (&[][..], MULTIPART)] {
         let answer = post(&fixture, pairs, &[kind], broken()).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+        assert!(answer.text().contains("the request body broke off"), "{}", answer.text());
+    }
+}
+
+#[tokio::test]
+async fn a_gzip_body_that_breaks_off_is_not_called_bad_gzip() {
+    let fixture = Fixture::new();
+    let packed = gzip(&large());
+    for length in [0, 5, packed.len() / 2, packed.len()] {
+        let pieces = [Ok(Bytes::copy_from_slice(&packed[..length])), Err("reset by peer")];
+        let body = Body::from_stream(stream::iter(pieces));
+        let answer = post(&fixture, &[("path", "f")], &[OCTETS, GZIP], body).await;
+        assert_eq!((answer.status, answer.header("connection")), (StatusCode::BAD_REQUEST, "close"));
         assert!(answer.text().contains("the request body broke off"), "{}", answer.text());
     }
 }
