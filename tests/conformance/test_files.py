@@ -409,6 +409,24 @@ def test_an_overwritten_file_becomes_the_users_and_keeps_its_mode(plane, box):
     assert plane.sh(f"stat -c '%a %s' {box}/file; cat {box}/file") == "646 5\nnewer"
 
 
+@pytest.mark.parametrize("late", [b"\r\n", b""], ids=["line-break", "end-of-the-chunks"])
+@contract("4.6/multipart")
+def test_what_follows_the_last_boundary_late_does_not_cost_the_connection(plane, box, late):
+    body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nx\r\n--B--'
+    length = f"Content-Length: {len(body + late)}" if late else "Transfer-Encoding: chunked"
+    head = f"POST /files?path={box}/f HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=B\r\n{length}\r\n\r\n"
+    with socket.create_connection(plane.address, timeout=10) as connection:
+        connection.sendall(head.encode() + (body if late else b"%x\r\n%s\r\n" % (len(body), body)))
+        time.sleep(0.05)
+        connection.sendall(late or b"0\r\n\r\n")
+        answers = connection.makefile("rb")
+        assert answers.readline().startswith(b"HTTP/1.1 200")
+        while answers.readline() != b"\r\n":
+            pass
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 204" in answers.read()
+
+
 @hosted
 @pytest.mark.parametrize("user", ["root", "nobody"])
 @contract("3.5/created", "2.1/rest")

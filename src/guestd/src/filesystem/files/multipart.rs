@@ -2,16 +2,15 @@
 //! what the parser holds in memory (contract: envd.md section 4.6).
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
 use http::{HeaderMap, HeaderValue, header};
 
 /// How much the parser may take in without giving anything out. Only the headers of a part and what precedes the first boundary
-/// can get there.
+/// can get there; what follows the last boundary may be as much.
 const MOST_HELD: usize = 4 * 1024 * 1024;
 
 /// Whether this is a multipart type of any kind.
@@ -109,36 +108,64 @@ fn decode_extended(value: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// How many bytes the parser took in since it last gave some out.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Held(Arc<AtomicUsize>);
-
-impl Held {
-    /// To be called for everything that comes out of the parser.
-    pub(super) fn release(&self) {
-        self.0.store(0, Ordering::Relaxed);
-    }
-}
-
-/// The parser ate [`MOST_HELD`] bytes and found neither a boundary nor the end of a header.
+/// The parser ate [`MOST_HELD`] bytes and found neither a boundary nor the end of a header, or so many follow the last boundary.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("more than {MOST_HELD} bytes without a boundary or the end of a part's headers")]
 pub(super) struct TooMuchHeld;
 
-/// Feeds the parser one chunk at a time.
+/// Feeds the parser one chunk at a time, and reads what the parser leaves.
 ///
-/// On its own it reads for as long as the body has bytes ready and only then looks at them. A gzip body has a thousand times its
-/// size ready at once, so one small request would take all memory.
+/// On its own the parser reads for as long as the body has bytes ready and only then looks at them. A gzip body has a thousand times
+/// its size ready at once, so one small request would take all memory. And it stops at the last boundary, where the body goes on: a
+/// line break belongs there, a trailer may follow (RFC 2046, section 5.1.1), and gzip has its checksum behind it.
 #[derive(Debug)]
-pub(super) struct Paced<S> {
+pub(super) struct Paced<S>(Arc<Mutex<Feed<S>>>);
+
+#[derive(Debug)]
+struct Feed<S> {
     inner: S,
-    held: Held,
+    /// How many bytes the parser took in since it last gave some out.
+    held: usize,
     pause: bool,
 }
 
+impl<S> Clone for Paced<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
 impl<S> Paced<S> {
-    pub(super) fn new(inner: S, held: Held) -> Self {
-        Self { inner, held, pause: false }
+    pub(super) fn new(inner: S) -> Self {
+        Self(Arc::new(Mutex::new(Feed { inner, held: 0, pause: false })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Feed<S>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called for everything that comes out of the parser.
+    pub(super) fn release(&self) {
+        self.lock().held = 0;
+    }
+}
+
+impl<S, E> Paced<S>
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+    E: Into<axum::BoxError>,
+{
+    /// Reads to the end what follows the last boundary, which means nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of the body, and [`TooMuchHeld`].
+    pub(super) async fn finish(mut self) -> Result<(), axum::BoxError> {
+        self.release();
+        while let Some(bytes) = self.next().await {
+            bytes?;
+        }
+        Ok(())
     }
 }
 
@@ -149,17 +176,18 @@ where
 {
     type Item = Result<Bytes, axum::BoxError>;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if std::mem::take(&mut self.pause) {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut feed = self.lock();
+        if std::mem::take(&mut feed.pause) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let item = ready!(Pin::new(&mut self.inner).poll_next(cx));
-        self.pause = true;
+        let item = ready!(Pin::new(&mut feed.inner).poll_next(cx));
+        feed.pause = true;
         Poll::Ready(match item {
             Some(Ok(bytes)) => {
-                let held = self.held.0.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
-                Some(if held > MOST_HELD { Err(TooMuchHeld.into()) } else { Ok(bytes) })
+                feed.held += bytes.len();
+                Some(if feed.held > MOST_HELD { Err(TooMuchHeld.into()) } else { Ok(bytes) })
             }
             Some(Err(error)) => Some(Err(error.into())),
             None => None,

@@ -3,20 +3,22 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::BoxError;
 use axum::body::{Body, BodyDataStream};
 use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, Version, header};
 use serde::Serialize;
 
 use super::body::{WireBody, WireError};
 use super::destination::{Destination, Replace};
 use super::digest::{self, Hashers};
-use super::multipart::{Disposition, Held, Paced, TooMuchHeld, as_form_data, is_multipart};
+use super::multipart::{Disposition, Paced, TooMuchHeld, as_form_data, is_multipart};
 use super::staged::Staged;
 use super::{FilesError, FilesQuery, Filesystem, as_user, as_user_at, blocking, metadata};
 use crate::filesystem::Caller;
@@ -25,6 +27,8 @@ use crate::filesystem::Caller;
 const REPLACE: &str = "guestd-replace";
 /// How many files one request may replace at once: each is open until its end.
 const MOST_STAGED: usize = 100;
+/// How long the end of a multipart body may take once its last boundary was there.
+const EPILOGUE: Duration = Duration::from_secs(60);
 
 /// One file of the answer.
 #[derive(Debug, Serialize)]
@@ -45,17 +49,24 @@ pub(super) async fn upload(
     State(filesystem): State<Arc<Filesystem>>,
     Query(query): Query<FilesQuery>,
     request: Request,
-) -> Result<Response, FilesError> {
+) -> Response {
     let (mut parts, body) = request.into_parts();
     let wire = parts.extensions.remove::<WireBody>();
-    let Some(wire) = wire else { return Err(FilesError::Stopped) };
+    let Some(wire) = wire else { return FilesError::Stopped.into_response() };
+    let version = parts.version;
     let result = receive(&filesystem, &query, parts, body.into_data_stream(), &wire).await;
-    match &result {
+    let emptied = match &result {
+        Ok(_) => true,
         // Nobody is there to be listened to.
-        Ok(_) | Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => {}
+        Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => false,
         Err(_) => wire.drain().await,
+    };
+    let mut response = result.map(|uploaded| axum::Json(uploaded).into_response()).into_response();
+    // The rest of this request is in the way of the next one. HTTP/2 ends the one stream, and has no such header.
+    if !emptied && version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    result.map(|uploaded| axum::Json(uploaded).into_response())
+    response
 }
 
 async fn receive(
@@ -156,27 +167,32 @@ impl Upload {
         parts: http::request::Parts,
         body: BodyDataStream,
     ) -> Result<(), FilesError> {
-        let held = Held::default();
-        let body = Body::from_stream(Paced::new(body, held.clone()));
-        let request = Request::from_parts(parts, body);
+        let body = Paced::new(body);
+        let request = Request::from_parts(parts, Body::from_stream(body.clone()));
         let malformed = |message: String| FilesError::Multipart { message };
         let mut multipart =
             Multipart::from_request(request, &()).await.map_err(|error| malformed(error.body_text()))?;
         while let Some(mut field) = multipart.next_field().await.map_err(multipart_error)? {
-            held.release();
+            body.release();
             let disposition = Disposition::of(field.headers());
             if disposition.name.as_deref() == Some("file") {
                 let path = path.map(str::to_owned).or(disposition.file_name).filter(|path| !path.is_empty());
                 let mut file = self.open(&path.ok_or(FilesError::MissingFileName)?).await?;
-                while let Some(bytes) = chunk(&mut field, &held).await? {
+                while let Some(bytes) = chunk(&mut field, &body).await? {
                     file.write(bytes).await?;
                 }
                 self.finish(file).await?;
             } else {
-                while chunk(&mut field, &held).await?.is_some() {}
+                while chunk(&mut field, &body).await?.is_some() {}
             }
         }
-        Ok(())
+        drop(multipart);
+        let finished = tokio::time::timeout(EPILOGUE, body.finish()).await;
+        finished
+            .map_err(|_elapsed| FilesError::Idle {
+                message: format!("it did not end within {} seconds of its last boundary", EPILOGUE.as_secs()),
+            })?
+            .map_err(body_error)
     }
 
     async fn open(&mut self, path: &str) -> Result<OpenFile, FilesError> {
@@ -227,9 +243,9 @@ impl OpenFile {
     }
 }
 
-async fn chunk(field: &mut Field<'_>, held: &Held) -> Result<Option<Bytes>, FilesError> {
+async fn chunk(field: &mut Field<'_>, body: &Paced<BodyDataStream>) -> Result<Option<Bytes>, FilesError> {
     let chunk = field.chunk().await.map_err(multipart_error)?;
-    held.release();
+    body.release();
     Ok(chunk)
 }
 
@@ -241,8 +257,9 @@ fn multipart_error(error: MultipartError) -> FilesError {
     }
 }
 
-pub(super) fn body_error(error: axum::Error) -> FilesError {
-    cause_of(&error).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
+pub(super) fn body_error(error: impl Into<BoxError>) -> FilesError {
+    let error = error.into();
+    cause_of(error.as_ref()).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
 }
 
 fn broken(error: &WireError) -> FilesError {

@@ -382,6 +382,44 @@ async fn a_refused_upload_is_read_to_its_end_so_that_the_answer_arrives() {
     }
 }
 
+#[tokio::test]
+async fn a_multipart_body_is_read_behind_its_last_boundary_so_that_the_connection_can_be_used_again() {
+    let fixture = Fixture::new();
+    let head = Bytes::from_static(
+        b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nx\r\n--XX--",
+    );
+    let packed = |bytes: &[u8]| Bytes::from(gzip(bytes));
+    let flipped = |bytes: &[u8]| {
+        let mut packed = gzip(bytes);
+        let checksum = packed.len() - 8;
+        packed[checksum] ^= 1;
+        Bytes::from(packed)
+    };
+    let most = Bytes::from(vec![b'.'; 4 << 20]);
+    let cases: [(&[Pair], Vec<Bytes>, u16); 6] = [
+        (&[MULTIPART], vec![head.clone(), Bytes::from_static(b"\r\n")], 200),
+        (&[MULTIPART], vec![head.clone(), Bytes::from_static(b"\r\na trailer"), most.slice(100..)], 200),
+        (&[MULTIPART], [vec![head.clone()], vec![most; 4]].concat(), 400),
+        (&[MULTIPART, GZIP], vec![packed(&head), packed(b"\r\n")], 200),
+        (&[MULTIPART, GZIP], vec![flipped(&head)], 400),
+        (&[MULTIPART, GZIP], vec![packed(&head), Bytes::from_static(b"garbage")], 400),
+    ];
+    for (headers, pieces, status) in cases {
+        let (sender, ended) = std::sync::mpsc::channel();
+        let end = stream::once(async move {
+            // The end of the body comes late, as it does over a network.
+            tokio::task::yield_now().await;
+            sender.send(()).unwrap();
+            Ok(Bytes::new())
+        });
+        let pieces = stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
+        let body = Body::from_stream(Box::pin(futures_util::StreamExt::chain(pieces, end)));
+        let answer = post(&fixture, &[], headers, body).await;
+        assert_eq!(answer.status.as_u16(), status, "{}", answer.text());
+        assert_eq!((ended.iter().count(), answer.header("connection")), (1, ""));
+    }
+}
+
 /// A body that sends this much and then keeps the connection open.
 fn stalling(start: &'static [u8]) -> Body {
     let start = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(start))]);
@@ -392,8 +430,13 @@ fn stalling(start: &'static [u8]) -> Body {
 async fn a_client_that_sends_nothing_for_a_minute_loses_its_upload() {
     let fixture = Fixture::new();
     let part = b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nhalf";
-    let cases: [(Pairs, Pair, &'static [u8]); 3] =
-        [(&[("path", "o")], OCTETS, b"half"), (&[("path", "o")], OCTETS, b""), (&[], MULTIPART, part)];
+    let whole = b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nx\r\n--XX--";
+    let cases: [(Pairs, Pair, &'static [u8]); 4] = [
+        (&[("path", "o")], OCTETS, b"half"),
+        (&[("path", "o")], OCTETS, b""),
+        (&[], MULTIPART, part),
+        (&[], MULTIPART, whole),
+    ];
     for (pairs, kind, start) in cases {
         for atomic in [&[kind][..], &[kind, ("guestd-replace", "atomic")]] {
             let mut request = Request::post(query(pairs));
@@ -405,6 +448,7 @@ async fn a_client_that_sends_nothing_for_a_minute_loses_its_upload() {
             let answer =
                 tower::ServiceExt::oneshot(router, request.body(stalling(start)).unwrap()).await.unwrap();
             assert_eq!(answer.status(), StatusCode::REQUEST_TIMEOUT);
+            assert_eq!(answer.headers()["connection"], "close");
             let waited = began.elapsed().as_secs();
             assert!((60..62).contains(&waited), "{waited}");
         }
