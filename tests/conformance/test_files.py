@@ -169,6 +169,27 @@ def test_a_range_is_served_exactly(plane, box, wanted, status, content, told):
         assert answer.headers["content-length"] == str(len(content))
 
 
+@pytest.mark.parametrize("wanted", ["bytes=0-", "bytes=0-0", "bytes=5-", "bytes=-5"])
+@contract("4.5/range")
+def test_a_range_of_an_empty_file_is_the_empty_file(plane, box, wanted):
+    plane.put(f"{box}/file", "")
+    answer = get(plane, f"{box}/file", {"Range": wanted})
+    assert (answer.status_code, answer.content, answer.headers.get("content-range")) == (200, b"", None)
+
+
+@contract("4.5/gzip", "4.5/conditions", "4.5/range")
+def test_a_packed_download_is_not_resumed_with_bytes_of_the_file(plane, box):
+    plane.put(f"{box}/file.txt", "0123456789")
+    packed = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["etag"] != get(plane, f"{box}/file.txt").headers["etag"]
+    for validator in [packed.headers["etag"], packed.headers["last-modified"]]:
+        answer = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip", "Range": "bytes=4-", "If-Range": validator})
+        assert (answer.status_code, answer.content) == (200, b"0123456789")
+    answer = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip", "If-None-Match": packed.headers["etag"]})
+    assert answer.status_code == 304
+
+
 @hosted
 @contract("4.5/conditions")
 def test_what_has_not_changed_is_304(plane, box):
@@ -205,6 +226,7 @@ def test_the_client_decides_about_compression(plane, box, accepted, status, pack
     with plane.http.stream("GET", "/files", params={"path": f"{box}/file.txt"}, headers={"Accept-Encoding": accepted}) as answer:
         raw = b"".join(answer.iter_raw())
     assert answer.status_code == status
+    assert "accept-encoding" in answer.headers["vary"].lower()
     if packed:
         assert answer.headers["content-encoding"] == "gzip"
         assert gzip.decompress(raw) == b"a" * 10_000
@@ -497,4 +519,5 @@ def test_an_upload_that_breaks_off_leaves_the_agent_whole(plane, box):
 @pytest.mark.parametrize("verb", ["HEAD", "PUT", "DELETE", "PATCH"])
 @contract("4/wrong-method")
 def test_files_have_no_other_method(plane, verb):
-    assert plane.http.request(verb, "/files", params={"path": "/etc/hostname"}).status_code == 405
+    answer = plane.http.request(verb, "/files", params={"path": "/etc/hostname"})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

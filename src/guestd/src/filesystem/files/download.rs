@@ -18,8 +18,8 @@ use tower_http::compression::predicate::SizeAbove;
 
 use super::content::Content;
 use super::digest;
-use super::head::head;
-use super::negotiation::{Encoding, negotiate};
+use super::head::{head, packed_tag};
+use super::negotiation::{Encoding, negotiate, of_the_whole};
 use super::{FilesError, FilesQuery, Filesystem, blocking};
 
 /// RFC 9530.
@@ -49,10 +49,12 @@ pub(super) async fn download(
     }
     // A digest is that of the file itself, so the file itself is what goes out, unless the client takes only gzip (RFC 9530, section 3).
     let wanted = digest::wanted(&headers).filter(|_| encoding != Encoding::Gzip { only: true });
+    let mut whole = of_the_whole(&headers);
     if wanted.is_some() {
-        encoding = Encoding::Identity;
+        (encoding, whole) = (Encoding::Identity, Encoding::Identity);
     }
-    let mut head = head(&path, &content, &headers).await;
+    let packs = |kind: Option<&HeaderValue>| whole.packs(&content_type(kind, &content.start));
+    let mut head = head(&path, &content, &headers, packs).await;
     let has_body = matches!(head.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
     if has_body {
         let kind = content_type(head.headers().get(header::CONTENT_TYPE), &content.start);
@@ -77,13 +79,10 @@ pub(super) async fn download(
         }
         _ => Body::empty(),
     };
-    let compress = match encoding {
-        Encoding::Gzip { only } => {
-            has_body && (only || compressible(parts.headers.get(header::CONTENT_TYPE)))
-        }
-        Encoding::Identity | Encoding::None => false,
-    };
-    if compress {
+    if has_body && parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| encoding.packs(kind)) {
+        let tag = parts.headers.get(header::ETAG).and_then(packed_tag);
+        parts.headers.remove(header::ETAG);
+        parts.headers.extend(tag.map(|tag| (header::ETAG, tag)));
         // The size of the compressed answer is not known, and no range of it can be asked for.
         parts.headers.remove(header::CONTENT_LENGTH);
         parts.headers.remove(header::ACCEPT_RANGES);
@@ -115,9 +114,16 @@ async fn gzip(response: Response) -> Response {
     }
 }
 
+impl Encoding {
+    /// Whether content of this type goes out compressed.
+    fn packs(self, kind: &HeaderValue) -> bool {
+        matches!(self, Self::Gzip { only } if only || compressible(kind))
+    }
+}
+
 /// Content that is compressed already only costs time to compress again.
-fn compressible(kind: Option<&HeaderValue>) -> bool {
-    let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+fn compressible(kind: &HeaderValue) -> bool {
+    let kind = kind.to_str().unwrap_or_default();
     let (family, kind) = kind.split_once('/').unwrap_or_default();
     match family {
         "image" => kind.starts_with("svg") || kind.starts_with("bmp"),
@@ -240,7 +246,7 @@ mod tests {
 
     #[test]
     fn what_is_compressed_already_is_not_compressed_again() {
-        let compresses = |kind: &str| compressible(Some(&HeaderValue::from_str(kind).unwrap()));
+        let compresses = |kind: &str| compressible(&HeaderValue::from_str(kind).unwrap());
         for kind in
             ["text/plain; charset=utf-8", "application/json", "application/octet-stream", "image/svg+xml"]
         {
@@ -249,7 +255,6 @@ mod tests {
         for kind in ["image/png", "video/mp4", "audio/ogg", "application/zip", "application/gzip"] {
             assert!(!compresses(kind), "{kind}");
         }
-        assert!(compressible(None));
     }
 
     #[test]

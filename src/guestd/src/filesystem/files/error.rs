@@ -176,6 +176,8 @@ impl IntoResponse for FilesError {
             body["written"] = written.into();
         }
         let nosniff = [(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"))];
-        (status, nosniff, axum::Json(body)).into_response()
+        // A cache must not give this refusal to a client that accepts more.
+        let vary = matches!(self, Self::NotAcceptable).then_some(("vary", "Accept-Encoding"));
+        (status, nosniff, vary.map(|vary| [vary]), axum::Json(body)).into_response()
     }
 }

@@ -27,8 +27,9 @@ use std::sync::Arc;
 
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::map_request;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use http::StatusCode;
+use http::{StatusCode, header};
 
 use super::{Caller, Filesystem};
 
@@ -40,7 +41,7 @@ pub use error::FilesError;
 ///
 /// `HEAD` stays 405, as it is in envd: a middleware that guards the two methods by name must not be passed by a third one.
 pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
-    let files = get(download::download).post(upload::upload).head(async || StatusCode::METHOD_NOT_ALLOWED);
+    let files = get(download::download).post(upload::upload).head(not_allowed).fallback(not_allowed);
     axum::Router::new()
         .route("/files", files)
         .route("/files/compose", post(compose::compose))
@@ -49,6 +50,10 @@ pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
         .layer(map_request(gzip::decode))
         .layer(map_request(body::keep_wire_body))
         .with_state(filesystem)
+}
+
+async fn not_allowed() -> impl IntoResponse {
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, POST")])
 }
 
 /// The query of both methods. The signature's fields belong to the middleware.
