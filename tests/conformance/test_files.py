@@ -4,6 +4,7 @@ import gzip
 import socket
 import time
 
+import httpx
 import pytest
 
 from harness.planes import HOME, basic
@@ -418,6 +419,22 @@ def fresh_or_plane(plane, box):
 def test_bad_metadata_is_400_before_anything_is_written(plane, box, headers):
     refused(put(plane, b"x", f"{box}/new/file", headers), 400)
     assert plane.sh(f"ls {box}") == ""
+
+
+@hosted
+@contract("4.6/metadata-bad")
+def test_metadata_of_a_thousand_headers_meets_the_rule_about_its_bytes(plane, box):
+    headers = {f"X-Metadata-{number:04}": "" for number in range(1400)}
+    refused(put(plane, b"x", f"{box}/file", headers), 400, contains="metadata is 5600 bytes in all, the limit is 4096")
+    assert plane.sh(f"ls {box}") == ""
+
+
+@contract("4.6/metadata-bad")
+def test_metadata_of_a_thousand_headers_meets_the_rule_over_http_2_as_well(plane, box):
+    headers = {f"x-metadata-{number:04}": "" for number in range(1400)}
+    with httpx.Client(base_url=plane.url, http1=False, http2=True, trust_env=False) as client:
+        answer = client.post("/files", params={"path": f"{box}/file"}, content=b"x", headers={**OCTETS, **headers})
+    refused(answer, 400, contains="metadata is 5600 bytes in all, the limit is 4096")
 
 
 @hosted
