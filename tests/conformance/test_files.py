@@ -287,6 +287,16 @@ def test_each_part_goes_where_its_name_says(plane, box):
     assert plane.sh(f"cd {box}; cat a/one.txt b/c/two.txt three") == "122"
 
 
+@contract("4.6/octets", "4.5/path")
+def test_names_that_are_no_text_are_files_of_their_own(plane, box):
+    for name in ["%fe", "%ff"]:
+        answer = plane.http.post(f"/files?path={box}/raw{name}", content=name.encode(), headers=OCTETS)
+        assert answer.status_code == 200, answer.text
+    for name in ["%fe", "%ff"]:
+        assert plane.http.get(f"/files?path={box}/raw{name}").text == name
+    assert plane.sh(f"ls {box} | wc -l").strip() == "2"
+
+
 @hosted
 @contract("4.6/path-wins", "4.6/other-fields")
 def test_the_query_wins_and_other_fields_are_ignored(plane, box):

@@ -8,6 +8,7 @@
 //! - [`errors`]: the JSON error bodies.
 
 pub mod errors;
+pub mod files_query;
 pub mod init;
 pub mod link;
 pub mod routes;

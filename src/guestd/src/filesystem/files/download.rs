@@ -3,14 +3,17 @@
 //! One descriptor serves the whole answer, so the path cannot turn into something else between the checks and the read. The head
 //! of the answer comes from [`head`], the body from [`Content`].
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::response::Response;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use guestd_protocol::files_query::FilesQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use tower::ServiceExt as _;
 use tower_http::CompressionLevel;
 use tower_http::compression::Compression;
@@ -20,7 +23,7 @@ use super::content::Content;
 use super::digest;
 use super::head::{head, packed_tag};
 use super::negotiation::{Encoding, negotiate, of_the_whole};
-use super::{FilesError, FilesQuery, Filesystem, blocking};
+use super::{FilesError, Filesystem, blocking};
 
 /// RFC 9530.
 const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
@@ -33,12 +36,13 @@ const OCTET_STREAM: HeaderValue = HeaderValue::from_static("application/octet-st
 /// Those of envd.md section 4.5, in the JSON form; see [`FilesError::status`].
 pub(super) async fn download(
     State(filesystem): State<Arc<Filesystem>>,
-    Query(query): Query<FilesQuery>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, FilesError> {
+    let query = FilesQuery::parse(uri.query().unwrap_or_default())?;
     let (path, content) = blocking(move || {
         let caller = Arc::new(filesystem.files_caller(query.username())?);
-        let path = caller.resolve(query.path().unwrap_or_default())?;
+        let path = caller.resolve(OsStr::from_bytes(query.path().unwrap_or_default()))?;
         let content = caller.files_work(|| Content::open(&caller, &path))?;
         Ok((path, content))
     })

@@ -51,8 +51,8 @@ pub(super) async fn head(
         let (tag, kind) = (current.headers().get(header::ETAG), current.headers().get(header::CONTENT_TYPE));
         if let Some(validator) = asked.remove(header::IF_RANGE) {
             // A weak tag never equals the tags that are sent, which are strong. A date is that of both forms.
-            let is_date = current.headers().get(header::LAST_MODIFIED) == Some(&validator);
-            if tag != Some(&validator) && !(is_date && !packs(kind)) {
+            let is_date = current.headers().get(header::LAST_MODIFIED) == Some(&validator) && !packs(kind);
+            if tag != Some(&validator) && !is_date {
                 asked.remove(header::RANGE);
             }
         }

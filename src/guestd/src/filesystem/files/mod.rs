@@ -56,24 +56,6 @@ async fn not_allowed() -> impl IntoResponse {
     (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, POST")])
 }
 
-/// The query of both methods. The signature's fields belong to the middleware.
-#[derive(Debug, serde::Deserialize)]
-struct FilesQuery {
-    path: Option<String>,
-    username: Option<String>,
-}
-
-impl FilesQuery {
-    /// An empty parameter is an absent one, as SDKs that build their queries from optional values send it.
-    fn path(&self) -> Option<&str> {
-        self.path.as_deref().filter(|path| !path.is_empty())
-    }
-
-    fn username(&self) -> Option<&str> {
-        self.username.as_deref().filter(|name| !name.is_empty())
-    }
-}
-
 impl Filesystem {
     /// Blocking: reads the account files.
     fn files_caller(&self, username: Option<&str>) -> Result<Caller, FilesError> {

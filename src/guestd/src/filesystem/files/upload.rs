@@ -1,6 +1,8 @@
 //! `POST /files` (contract: envd.md section 4.6).
 
 use std::collections::{BTreeMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,10 +10,11 @@ use std::time::Duration;
 use axum::BoxError;
 use axum::body::{Body, BodyDataStream};
 use axum::extract::multipart::{Field, MultipartError};
-use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
+use axum::extract::{FromRequest as _, Multipart, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use guestd_protocol::files_query::FilesQuery;
 use http::{HeaderMap, HeaderValue, Version, header};
 use serde::Serialize;
 
@@ -20,7 +23,7 @@ use super::destination::{Destination, Replace};
 use super::digest::{self, Hashers};
 use super::multipart::{Disposition, Paced, TooMuchHeld, as_form_data, is_multipart};
 use super::staged::Staged;
-use super::{FilesError, FilesQuery, Filesystem, as_user, as_user_at, blocking, metadata};
+use super::{FilesError, Filesystem, as_user, as_user_at, blocking, metadata};
 use crate::filesystem::Caller;
 
 /// How the files of an upload take their places; additive to envd's protocol.
@@ -45,16 +48,12 @@ struct Uploaded {
 /// # Errors
 ///
 /// Those of envd.md section 4.6, in the JSON form; see [`FilesError::status`]. Files before the failing one stay.
-pub(super) async fn upload(
-    State(filesystem): State<Arc<Filesystem>>,
-    Query(query): Query<FilesQuery>,
-    request: Request,
-) -> Response {
+pub(super) async fn upload(State(filesystem): State<Arc<Filesystem>>, request: Request) -> Response {
     let (mut parts, body) = request.into_parts();
     let wire = parts.extensions.remove::<WireBody>();
     let Some(wire) = wire else { return FilesError::Stopped.into_response() };
     let version = parts.version;
-    let result = receive(&filesystem, &query, parts, body.into_data_stream(), &wire).await;
+    let result = receive(&filesystem, parts, body.into_data_stream(), &wire).await;
     let emptied = match &result {
         Ok(_) => true,
         // Nobody is there to be listened to.
@@ -71,11 +70,12 @@ pub(super) async fn upload(
 
 async fn receive(
     filesystem: &Arc<Filesystem>,
-    query: &FilesQuery,
     mut parts: http::request::Parts,
     body: BodyDataStream,
     wire: &WireBody,
 ) -> Result<Vec<Uploaded>, FilesError> {
+    let query = FilesQuery::parse(parts.uri.query().unwrap_or_default())?;
+    let path = query.path().map(OsStr::from_bytes);
     let metadata = Arc::new(metadata::parse(&parts.headers)?);
     let replace = replace(&parts.headers)?;
     let digests = digest::expected(&parts.headers)?;
@@ -91,10 +91,10 @@ async fn receive(
         parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     if essence == "application/octet-stream" {
-        upload.octet_stream(query.path().ok_or(FilesError::MissingPath)?, body).await?;
+        upload.octet_stream(path.ok_or(FilesError::MissingPath)?, body).await?;
     } else if is_multipart(&essence) {
         as_form_data(&mut parts.headers);
-        upload.multipart(query.path(), parts, body).await?;
+        upload.multipart(path, parts, body).await?;
     } else {
         return Err(FilesError::ContentType { content_type: content_type.to_owned() });
     }
@@ -150,7 +150,7 @@ struct Upload {
 }
 
 impl Upload {
-    async fn octet_stream(&mut self, path: &str, mut body: BodyDataStream) -> Result<(), FilesError> {
+    async fn octet_stream(&mut self, path: &OsStr, mut body: BodyDataStream) -> Result<(), FilesError> {
         // The first bytes tell whether it is gzip at all, before the file is touched.
         let mut next = body.next().await.transpose().map_err(body_error)?;
         let mut file = self.open(path).await?;
@@ -163,7 +163,7 @@ impl Upload {
 
     async fn multipart(
         &mut self,
-        path: Option<&str>,
+        path: Option<&OsStr>,
         parts: http::request::Parts,
         body: BodyDataStream,
     ) -> Result<(), FilesError> {
@@ -175,8 +175,11 @@ impl Upload {
         while let Some(mut field) = multipart.next_field().await.map_err(multipart_error)? {
             body.release();
             let disposition = Disposition::of(field.headers());
-            if disposition.name.as_deref() == Some("file") {
-                let path = path.map(str::to_owned).or(disposition.file_name).filter(|path| !path.is_empty());
+            if disposition.name.as_deref() == Some(b"file") {
+                let path = path
+                    .map(OsStr::to_owned)
+                    .or(disposition.file_name.map(OsString::from_vec))
+                    .filter(|path| !path.is_empty());
                 let mut file = self.open(&path.ok_or(FilesError::MissingFileName)?).await?;
                 while let Some(bytes) = chunk(&mut field, &body).await? {
                     file.write(bytes).await?;
@@ -195,7 +198,7 @@ impl Upload {
             .map_err(body_error)
     }
 
-    async fn open(&mut self, path: &str) -> Result<OpenFile, FilesError> {
+    async fn open(&mut self, path: &OsStr) -> Result<OpenFile, FilesError> {
         let path = self.caller.resolve(path)?;
         if !self.seen.insert(path.clone()) {
             return Err(FilesError::SamePath { path });

@@ -11,7 +11,9 @@ use serde_json::json;
 use super::{Answer, gunzip, query, send};
 use crate::filesystem::tests::Fixture;
 
-async fn get(fixture: &Fixture, path: &str, headers: &[(&str, &str)]) -> Answer {
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
+async fn get(fixture: &Fixture, path: &str, headers: Headers<'_>) -> Answer {
     let mut request = Request::get(query(&[("path", path)]));
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -120,7 +122,7 @@ async fn a_client_that_holds_the_start_of_the_gzip_form_is_not_given_the_end_of_
     assert_eq!(picture.header("content-encoding"), "");
     let range = ("range", "bytes=4-6");
     let digest = ("want-repr-digest", "sha-256=1");
-    let cases: [(&str, &[(&str, &str)], u16); 9] = [
+    let cases: [(&str, Headers<'_>, u16); 9] = [
         ("f.txt", &[range, ("if-range", tag), packs], 206),
         ("f.txt", &[range, ("if-range", packed_tag)], 200),
         ("f.txt", &[range, ("if-range", packed_tag), packs], 200),

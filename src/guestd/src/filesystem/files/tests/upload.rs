@@ -104,6 +104,52 @@ async fn file_names_of_a_multipart_body_keep_their_directories() {
 }
 
 #[tokio::test]
+async fn names_that_are_no_text_are_files_of_their_own_in_both_directions() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let fixture = Fixture::new();
+    let disk = |byte: u8| fixture.home.join(std::ffi::OsStr::from_bytes(&[b'n', byte]));
+    for byte in [0xfe, 0xff] {
+        let request = Request::post(format!("/files?path=n%{byte:02x}")).header(OCTETS.0, OCTETS.1);
+        let answer = send(&fixture, request.body(format!("{byte}").into()).unwrap()).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+    for byte in [0xfe, 0xff] {
+        assert_eq!(std::fs::read_to_string(disk(byte)).unwrap(), format!("{byte}"));
+        let request = Request::get(format!("/files?path=n%{byte:02x}"));
+        assert_eq!(send(&fixture, request.body(Body::empty()).unwrap()).await.text(), format!("{byte}"));
+    }
+    let part = |byte: u8| {
+        let mut body = parts(&[("file", "nX", &[byte])]);
+        let place = body.iter().position(|byte| *byte == b'X').unwrap();
+        // The first X is in the boundary.
+        let place = place + body[place..].windows(2).position(|pair| pair == b"nX").unwrap() + 1;
+        body[place] = byte;
+        body.truncate(body.len() - b"--XX--\r\n".len());
+        body
+    };
+    let body = [part(0xfe), part(0xff), b"--XX--\r\n".to_vec()].concat();
+    let answer = post(&fixture, &[], &[MULTIPART], body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(
+        (std::fs::read(disk(0xfe)).unwrap(), std::fs::read(disk(0xff)).unwrap()),
+        (vec![0xfe], vec![0xff])
+    );
+}
+
+#[tokio::test]
+async fn a_query_that_means_nothing_is_refused_before_anything_is_written() {
+    let fixture = Fixture::new();
+    for query in ["path=f&path=f", "path=f&username=%ff", "path=f&signature_expiration=abc"] {
+        let request = Request::post(format!("/files?{query}")).header(OCTETS.0, OCTETS.1);
+        let answer = send(&fixture, request.body("x".into()).unwrap()).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{query}");
+        assert_eq!(answer.header("content-type"), "text/plain; charset=utf-8");
+        assert!(answer.text().starts_with("query parameter '"), "{}", answer.text());
+    }
+    assert!(!fixture.home.join("f").exists());
+}
+
+#[tokio::test]
 async fn the_path_of_the_query_wins_over_the_file_name() {
     let fixture = Fixture::new();
     let mixed = ("content-type", "multipart/mixed; boundary=\"XX\"");
