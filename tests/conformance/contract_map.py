@@ -281,6 +281,7 @@ ROWS = {
     "3.5/existing": "existing folders keep their owner, an overwritten file is chowned",
     # 4 REST
     "4/error-body": "{code, message} and nosniff",
+    "4/binding": "a query that means nothing: 400 text/plain",
     "4/unknown-path": "404",
     "4/wrong-method": "405, HEAD too",
     "4/health": "204, no-store, no auth",

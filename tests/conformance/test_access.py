@@ -234,12 +234,24 @@ def test_an_expired_signature_has_the_exact_body(secured_once, verb, ago):
 
 
 @contract("5/expired")
-@pytest.mark.parametrize("expiry", ["soon", "-1", "1e12", ""])
-def test_an_expiry_that_is_no_number_is_not_eternal(secured_once, expiry):
+@pytest.mark.parametrize("expiry, status", [("soon", 400), ("-1", 401), ("1e12", 400), ("", 400)])
+def test_an_expiry_that_is_no_number_is_not_eternal(secured_once, expiry, status):
     text = f"/etc/hostname:read::{TOKEN}:{expiry}"
     signature = "v1_" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
     query = {"path": "/etc/hostname", "signature": signature, "signature_expiration": expiry}
-    assert secured_once.http.get("/files", params=query).status_code in (400, 401)
+    assert secured_once.http.get("/files", params=query).status_code == status
+
+
+@contract("5/expired", "4/binding")
+@pytest.mark.parametrize("verb", ["GET", "POST"])
+@pytest.mark.parametrize("token", [None, "wrong", TOKEN])
+def test_an_expiry_that_is_no_number_is_told_before_who_may(secured_once, plane, verb, token):
+    query = {"path": "/tmp/never", "signature_expiration": "abc"}
+    headers = {**OCTETS, **({"X-Access-Token": token} if token else {})}
+    for asked in [secured_once, plane]:
+        answer = asked.http.request(verb, "/files", params=query, headers=headers, content=b"x" if verb == "POST" else None)
+        assert (answer.status_code, answer.headers["content-type"].split(";")[0]) == (400, "text/plain")
+        assert "signature_expiration" in answer.text
 
 
 @pytest.mark.through_hostd(only=True)

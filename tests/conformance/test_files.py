@@ -4,6 +4,7 @@ import gzip
 import socket
 import time
 
+import httpx
 import pytest
 
 from harness.planes import HOME, basic
@@ -169,6 +170,27 @@ def test_a_range_is_served_exactly(plane, box, wanted, status, content, told):
         assert answer.headers["content-length"] == str(len(content))
 
 
+@pytest.mark.parametrize("wanted", ["bytes=0-", "bytes=0-0", "bytes=5-", "bytes=-5"])
+@contract("4.5/range")
+def test_a_range_of_an_empty_file_is_the_empty_file(plane, box, wanted):
+    plane.put(f"{box}/file", "")
+    answer = get(plane, f"{box}/file", {"Range": wanted})
+    assert (answer.status_code, answer.content, answer.headers.get("content-range")) == (200, b"", None)
+
+
+@contract("4.5/gzip", "4.5/conditions", "4.5/range")
+def test_a_packed_download_is_not_resumed_with_bytes_of_the_file(plane, box):
+    plane.put(f"{box}/file.txt", "0123456789")
+    packed = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["etag"] != get(plane, f"{box}/file.txt").headers["etag"]
+    for validator in [packed.headers["etag"], packed.headers["last-modified"]]:
+        answer = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip", "Range": "bytes=4-", "If-Range": validator})
+        assert (answer.status_code, answer.content) == (200, b"0123456789")
+    answer = get(plane, f"{box}/file.txt", {"Accept-Encoding": "gzip", "If-None-Match": packed.headers["etag"]})
+    assert answer.status_code == 304
+
+
 @hosted
 @contract("4.5/conditions")
 def test_what_has_not_changed_is_304(plane, box):
@@ -205,6 +227,7 @@ def test_the_client_decides_about_compression(plane, box, accepted, status, pack
     with plane.http.stream("GET", "/files", params={"path": f"{box}/file.txt"}, headers={"Accept-Encoding": accepted}) as answer:
         raw = b"".join(answer.iter_raw())
     assert answer.status_code == status
+    assert "accept-encoding" in answer.headers["vary"].lower()
     if packed:
         assert answer.headers["content-encoding"] == "gzip"
         assert gzip.decompress(raw) == b"a" * 10_000
@@ -264,6 +287,16 @@ def test_each_part_goes_where_its_name_says(plane, box):
     assert plane.sh(f"cd {box}; cat a/one.txt b/c/two.txt three") == "122"
 
 
+@contract("4.6/octets", "4.5/path")
+def test_names_that_are_no_text_are_files_of_their_own(plane, box):
+    for name in ["%fe", "%ff"]:
+        answer = plane.http.post(f"/files?path={box}/raw{name}", content=name.encode(), headers=OCTETS)
+        assert answer.status_code == 200, answer.text
+    for name in ["%fe", "%ff"]:
+        assert plane.http.get(f"/files?path={box}/raw{name}").text == name
+    assert plane.sh(f"ls {box} | wc -l").strip() == "2"
+
+
 @hosted
 @contract("4.6/path-wins", "4.6/other-fields")
 def test_the_query_wins_and_other_fields_are_ignored(plane, box):
@@ -316,10 +349,22 @@ def test_a_gzipped_body_is_unpacked(plane, box, form):
     assert plane.content(f"{box}/file") == b"plain"
 
 
-@pytest.mark.parametrize("encoding, content", [("br", b"x"), ("deflate", b"x"), ("gzip", b"no gzip"), ("gzip, gzip", b"x")])
+@pytest.mark.parametrize("encoding, content", [("br", b"x"), ("deflate", b"x"), ("gzip", b"no gzip"), ("gzip", b""), ("gzip, gzip", b"x")])
 @contract("4.6/gzip")
 def test_a_body_that_cannot_be_unpacked_is_400(plane, box, encoding, content):
+    plane.sh(f"printf old > {box}/file")
     refused(put(plane, content, f"{box}/file", {"Content-Encoding": encoding}), 400)
+    assert plane.content(f"{box}/file") == b"old"
+
+
+@contract("4.6/gzip")
+def test_every_member_of_a_gzipped_body_counts_and_nothing_else_may_follow(plane, box):
+    members = gzip.compress(b"one") + gzip.compress(b"two")
+    assert put(plane, members, f"{box}/file", {"Content-Encoding": "GZIP"}).status_code == 200
+    assert plane.content(f"{box}/file") == b"onetwo"
+    headers = {"Content-Encoding": "gzip", "Guestd-Replace": "atomic"}
+    refused(put(plane, members + b"garbage", f"{box}/file", headers), 400)
+    assert plane.content(f"{box}/file") == b"onetwo"
 
 
 @hosted
@@ -387,6 +432,22 @@ def test_bad_metadata_is_400_before_anything_is_written(plane, box, headers):
 
 
 @hosted
+@contract("4.6/metadata-bad")
+def test_metadata_of_a_thousand_headers_meets_the_rule_about_its_bytes(plane, box):
+    headers = {f"X-Metadata-{number:04}": "" for number in range(1400)}
+    refused(put(plane, b"x", f"{box}/file", headers), 400, contains="metadata is 5600 bytes in all, the limit is 4096")
+    assert plane.sh(f"ls {box}") == ""
+
+
+@contract("4.6/metadata-bad")
+def test_metadata_of_a_thousand_headers_meets_the_rule_over_http_2_as_well(plane, box):
+    headers = {f"x-metadata-{number:04}": "" for number in range(1400)}
+    with httpx.Client(base_url=plane.url, http1=False, http2=True, trust_env=False) as client:
+        answer = client.post("/files", params={"path": f"{box}/file"}, content=b"x", headers={**OCTETS, **headers})
+    refused(answer, 400, contains="metadata is 5600 bytes in all, the limit is 4096")
+
+
+@hosted
 @contract("3.5/existing", "4.6/octets")
 def test_an_overwritten_file_becomes_the_users_and_keeps_its_mode(plane, box):
     """As far as the user may give it away: root may; `user` may write to what is open to it, and it stays whose it was (weakness 11)."""
@@ -395,6 +456,24 @@ def test_an_overwritten_file_becomes_the_users_and_keeps_its_mode(plane, box):
     assert plane.sh(f"stat -c '%U %a %s' {box}/file") == "root 646 3\n"
     assert put(plane, b"newer", f"{box}/file").status_code == 200
     assert plane.sh(f"stat -c '%a %s' {box}/file; cat {box}/file") == "646 5\nnewer"
+
+
+@pytest.mark.parametrize("late", [b"\r\n", b""], ids=["line-break", "end-of-the-chunks"])
+@contract("4.6/multipart")
+def test_what_follows_the_last_boundary_late_does_not_cost_the_connection(plane, box, late):
+    body = b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nx\r\n--B--'
+    length = f"Content-Length: {len(body + late)}" if late else "Transfer-Encoding: chunked"
+    head = f"POST /files?path={box}/f HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=B\r\n{length}\r\n\r\n"
+    with socket.create_connection(plane.address, timeout=10) as connection:
+        connection.sendall(head.encode() + (body if late else b"%x\r\n%s\r\n" % (len(body), body)))
+        time.sleep(0.05)
+        connection.sendall(late or b"0\r\n\r\n")
+        answers = connection.makefile("rb")
+        assert answers.readline().startswith(b"HTTP/1.1 200")
+        while answers.readline() != b"\r\n":
+            pass
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 204" in answers.read()
 
 
 @hosted
@@ -467,4 +546,5 @@ def test_an_upload_that_breaks_off_leaves_the_agent_whole(plane, box):
 @pytest.mark.parametrize("verb", ["HEAD", "PUT", "DELETE", "PATCH"])
 @contract("4/wrong-method")
 def test_files_have_no_other_method(plane, verb):
-    assert plane.http.request(verb, "/files", params={"path": "/etc/hostname"}).status_code == 405
+    answer = plane.http.request(verb, "/files", params={"path": "/etc/hostname"})
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

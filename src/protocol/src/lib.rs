@@ -8,6 +8,7 @@
 //! - [`errors`]: the JSON error bodies.
 
 pub mod errors;
+pub mod files_query;
 pub mod init;
 pub mod link;
 pub mod routes;
@@ -42,3 +43,13 @@ pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
 
 /// The envd version that SDKs gate their features on (contract: envd.md section 8.1): the newest whose SDK-visible features are all here.
 pub const ENVD_VERSION: &str = "0.6.13";
+
+/// How many header lines a request may have, at the host's door as at the agent's. The 4096 bytes of metadata that an upload may carry
+/// (contract: envd.md section 4.6) come in 1365 lines when each has three, and there is room for the other headers. hyper makes a table of
+/// 64 bytes a line for each request: all of it has to stay below what the C library gives back at once (128 KiB, M_TRIM_THRESHOLD of
+/// mallopt(3)), or each request asks the kernel for memory.
+pub const HEADER_LINES: usize = 1536;
+
+/// How long all header lines of a request may be on HTTP/2, in bytes, 32 for each line included (RFC 9113 section 6.5.2); those of three
+/// bytes of metadata have 46.
+pub const HEADER_BYTES: u32 = 128 * 1024;

@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use connectrpc::ErrorCode;
 use guestd_protocol::errors::ErrorBody;
+use guestd_protocol::files_query::FilesQuery;
 use guestd_protocol::routes::{self, Credential};
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
@@ -27,7 +28,15 @@ const END_OF_STREAM: u8 = 2;
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    match check(&access, &request) {
+    let checked = check(&access, &request);
+    // What means nothing is told before who may, as in envd; a sealed agent tells nobody anything.
+    if checked != Err(Refusal::Sealed)
+        && is_file_access(&request)
+        && let Err(error) = FilesQuery::parse(request.uri().query().unwrap_or_default())
+    {
+        return without_body(request, (StatusCode::BAD_REQUEST, error.to_string()).into_response()).await;
+    }
+    match checked {
         Ok(()) => next.run(request).await,
         Err(refusal) => refuse(request, refusal).await,
     }
@@ -36,10 +45,13 @@ pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next
 /// Answers with the refusal after what the client is still sending, so that the connection can be used again: its other calls may be on
 /// their way already. What is too long or too slow for that ends the connection, and the client is told.
 pub async fn refuse(request: Request, refusal: Refusal) -> Response {
+    without_body(request, unauthorized(&refusal.to_string())).await
+}
+
+async fn without_body(request: Request, mut response: Response) -> Response {
     let version = request.version();
     let rest = Limited::new(request.into_body(), DRAIN_LIMIT).collect();
     let drained = matches!(timeout(DRAIN_TIME, rest).await, Ok(Ok(_)));
-    let mut response = unauthorized(&refusal.to_string());
     // HTTP/2 ends the one stream, and has no such header (RFC 9113 section 8.2.2).
     if !drained && version < Version::HTTP_2 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -59,14 +71,20 @@ fn check(access: &Access, request: &Request) -> Result<(), Refusal> {
         Credential::None | Credential::Init => Ok(()),
         Credential::Control if access.is_host(bytes_of(headers, CONTROL_HEADER)) => Ok(()),
         Credential::Control => Err(Refusal::Control),
-        // Only reading and writing a file can be signed for (contract: envd.md section 5).
-        Credential::AccessTokenOrSignature if matches!(*method, Method::GET | Method::POST) => {
+        Credential::AccessTokenOrSignature if is_file_access(request) => {
             may_touch_file(access, method, request.uri(), headers, peer)
         }
         Credential::AccessToken | Credential::AccessTokenOrSignature => {
             access.allows(bytes_of(headers, ACCESS_TOKEN_HEADER), peer)
         }
     }
+}
+
+/// Only reading and writing a file can be signed for (contract: envd.md section 5).
+fn is_file_access(request: &Request) -> bool {
+    let route = routes::find(request.uri().path());
+    route.is_some_and(|route| route.credential == Credential::AccessTokenOrSignature)
+        && matches!(*request.method(), Method::GET | Method::POST)
 }
 
 /// Resolves the user that Basic auth names, for every route (contract: envd.md section 2.1).
@@ -102,36 +120,25 @@ fn may_touch_file(
     if let Some(given) = bytes_of(headers, ACCESS_TOKEN_HEADER) {
         return access.allows(Some(given), peer).map_err(|_| Refusal::FileToken);
     }
-    let query = Query::parse(uri);
+    // What cannot be read is refused as such, whatever is said here.
+    let Ok(query) = FilesQuery::parse(uri.query().unwrap_or_default()) else {
+        return Err(Refusal::SignatureInvalid);
+    };
     let operation = if method == Method::GET { Operation::Read } else { Operation::Write };
-    let signature = query.get("signature").ok_or(Refusal::SignatureMissing)?;
-    let expiration = query.get("signature_expiration");
+    let signature = query.signature.as_deref().ok_or(Refusal::SignatureMissing)?;
     let signed = Signed {
-        path: query.get("path").unwrap_or_default(),
+        path: query.path().unwrap_or_default(),
         operation,
-        username: query.get("username").unwrap_or_default(),
-        expiration,
+        username: query.username().unwrap_or_default(),
+        expiration: query.expiration.as_ref().map(|expiration| expiration.text.as_str()),
     };
     if !signed.matches(signature, &token) {
         return Err(Refusal::SignatureInvalid);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    match expiration.map(str::parse::<u64>) {
-        None => Ok(()),
-        Some(Ok(until)) if until >= now => Ok(()),
-        Some(_) => Err(Refusal::SignatureExpired),
-    }
-}
-
-struct Query(Vec<(String, String)>);
-
-impl Query {
-    fn parse(uri: &Uri) -> Self {
-        Self(serde_urlencoded::from_str(uri.query().unwrap_or_default()).unwrap_or_default())
-    }
-
-    fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().cast_signed());
+    match query.expiration {
+        Some(expiration) if expiration.at < now => Err(Refusal::SignatureExpired),
+        _ => Ok(()),
     }
 }
 
@@ -197,7 +204,7 @@ mod tests {
     }
 
     fn signed(path: &str, operation: Operation, expiration: Option<&str>) -> String {
-        let signature = Signed { path, operation, username: "", expiration }.sign("secret");
+        let signature = Signed { path: path.as_bytes(), operation, username: "", expiration }.sign("secret");
         let signature = signature.replace('+', "%2B").replace('/', "%2F");
         let expiration = expiration.map(|e| format!("&signature_expiration={e}")).unwrap_or_default();
         format!("/files?path={path}&signature={signature}{expiration}")
@@ -221,10 +228,59 @@ mod tests {
             Err(Refusal::SignatureExpired)
         );
         assert_eq!(
-            check(&signed("a", Operation::Read, Some("never")), Method::GET),
+            check(&signed("a", Operation::Read, Some("-1")), Method::GET),
             Err(Refusal::SignatureExpired)
         );
+        assert_eq!(
+            check(&signed("a", Operation::Read, Some("never")), Method::GET),
+            Err(Refusal::SignatureInvalid)
+        );
         assert_eq!(check(&signed("a", Operation::Read, Some("99999999999")), Method::GET), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_query_that_means_nothing_is_400_whoever_asks() {
+        let sealed = signed_access();
+        sealed.seal();
+        let far = Peer::Tcp { peer: "192.0.2.1:5".parse().unwrap(), local: "192.0.2.2:1".parse().unwrap() };
+        let cases = [
+            (signed_access(), Some("secret"), Peer::Unix, 400),
+            (signed_access(), Some("wrong"), Peer::Unix, 400),
+            (signed_access(), None, Peer::Unix, 400),
+            (Access::default(), None, Peer::Unix, 400),
+            (Access::default(), None, far, 400),
+            (sealed, Some("secret"), Peer::Unix, 401),
+        ];
+        for (access, token, peer, status) in cases {
+            let router = axum::Router::new().route("/files", axum::routing::any(async || "reached"));
+            let layer = axum::middleware::from_fn_with_state(Arc::new(access), authorize);
+            let router = router.layer(layer);
+            for method in [Method::GET, Method::POST] {
+                let mut request = Request::builder()
+                    .method(method)
+                    .uri("/files?path=a&signature_expiration=abc")
+                    .extension(peer);
+                if let Some(token) = token {
+                    request = request.header(ACCESS_TOKEN_HEADER, token);
+                }
+                let request = request.body(axum::body::Body::empty()).unwrap();
+                let answer = tower::ServiceExt::oneshot(router.clone(), request).await.unwrap();
+                assert_eq!(answer.status().as_u16(), status, "{token:?} {peer:?}");
+                let kind = if status == 400 { "text/plain; charset=utf-8" } else { "application/json" };
+                assert_eq!(answer.headers()[header::CONTENT_TYPE], kind);
+            }
+        }
+    }
+
+    #[test]
+    fn a_signature_for_one_name_opens_no_other_that_looks_the_same_as_text() {
+        let signed = Signed { path: b"\xfe", operation: Operation::Read, username: "", expiration: None };
+        let signature = signed.sign("secret").replace('+', "%2B").replace('/', "%2F");
+        assert_eq!(check(&format!("/files?path=%fe&signature={signature}"), Method::GET), Ok(()));
+        for path in ["%ff", "%ef%bf%bd"] {
+            let uri = format!("/files?path={path}&signature={signature}");
+            assert_eq!(check(&uri, Method::GET), Err(Refusal::SignatureInvalid), "{path}");
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use guestd_protocol::HELLO_PORT;
+use guestd_protocol::{HEADER_BYTES, HEADER_LINES, HELLO_PORT};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -147,7 +147,8 @@ impl Doors {
                 builder
                     .timer(TokioTimer::new())
                     .header_read_timeout(HEADER_TIMEOUT)
-                    .max_buf_size(HTTP1_BUFFER);
+                    .max_buf_size(HTTP1_BUFFER)
+                    .max_headers(HEADER_LINES);
                 let served = builder.serve_connection(stream, service).with_upgrades();
                 converse(served, http1::UpgradeableConnection::graceful_shutdown, connection, peer).await;
             }
@@ -157,6 +158,7 @@ impl Doors {
                     .initial_stream_window_size(STREAM_WINDOW)
                     .initial_connection_window_size(CONNECTION_WINDOW)
                     .max_concurrent_streams(STREAMS)
+                    .max_header_list_size(HEADER_BYTES)
                     .max_send_buf_size(STREAM_WINDOW as usize);
                 let served = builder.serve_connection(stream, service);
                 // Of the two, the state of this one is large, and the other's connections are many.
@@ -367,5 +369,22 @@ mod tests {
         let taken = taken.load(Ordering::Relaxed);
         assert!((CHUNK..=HTTP1_BUFFER + 2 * CHUNK).contains(&taken), "{taken}");
         serving.abort();
+    }
+    #[tokio::test]
+    async fn metadata_of_three_bytes_a_header_reaches_the_service_up_to_its_limit() {
+        let count = async |headers: axum::http::HeaderMap| headers.len().to_string();
+        let router = Router::new().route("/", axum::routing::get(count));
+        let doors =
+            Doors::new(router, Arc::default(), Connections::default(), tokio::sync::watch::channel(false).1);
+        let (mut client, server) = tokio::io::duplex(64 * 1024);
+        let serving = tokio::spawn(async move { doors.serve(server, Peer::Unix).await });
+        let metadata: String = (0..4096 / 3).map(|number| format!("x-metadata-{number:03x}:\r\n")).collect();
+        let others: String = (0..150).map(|number| format!("x-other-{number}: {number}\r\n")).collect();
+        let head = format!("GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{metadata}{others}\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut client, &mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\n1517"), "{answer}");
+        serving.await.unwrap();
     }
 }

@@ -23,6 +23,7 @@ mod transfer;
 mod walk;
 mod watch;
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,7 +59,7 @@ struct Caller {
 }
 
 impl Caller {
-    fn resolve(&self, path: &str) -> Result<PathBuf, crate::identity::PathError> {
+    fn resolve(&self, path: impl AsRef<OsStr>) -> Result<PathBuf, crate::identity::PathError> {
         resolve_path(path, &self.user, self.workdir.as_deref())
     }
 

@@ -2,6 +2,8 @@
 //!
 //! Purely lexical: nothing is looked up on disk, and symbolic links stay as they are (contract: envd.md sections 2.4 and 3.1).
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use super::accounts::User;
@@ -17,7 +19,7 @@ pub enum PathError {
     Nul,
 }
 
-/// The absolute path that `path` means to `user`.
+/// The absolute path that `path`, which need not be text, means to `user`.
 ///
 /// An empty path is the default working directory, or else the home directory; `~` and `~/x` are in the home directory; a
 /// relative path is relative to the home directory and not to the default working directory, as SDKs expect. The result is clean
@@ -27,24 +29,29 @@ pub enum PathError {
 /// # Errors
 ///
 /// [`PathError::OtherHome`] for `~name`, and [`PathError::Nul`].
-pub fn resolve_path(path: &str, user: &User, default_workdir: Option<&str>) -> Result<PathBuf, PathError> {
-    let path = match (path, default_workdir) {
-        ("", Some(workdir)) => workdir,
+pub fn resolve_path(
+    path: impl AsRef<OsStr>,
+    user: &User,
+    default_workdir: Option<&str>,
+) -> Result<PathBuf, PathError> {
+    let path = match (path.as_ref().as_bytes(), default_workdir) {
+        (b"", Some(workdir)) => workdir.as_bytes(),
         (path, _) => path,
     };
-    if path.contains('\0') {
+    if path.contains(&0) {
         return Err(PathError::Nul);
     }
     // A home directory without a leading slash would make every answer depend on the agent's own directory.
     let home = Path::new("/").join(&user.home);
-    let expanded = match path.strip_prefix('~') {
-        Some("") => home,
-        Some(rest) => match rest.strip_prefix('/') {
+    let expanded = match path {
+        b"~" => home,
+        [b'~', b'/', rest @ ..] => {
             // `join` would take a second slash for the start of an absolute path.
-            Some(rest) => home.join(rest.trim_start_matches('/')),
-            None => return Err(PathError::OtherHome),
-        },
-        None => home.join(path),
+            let start = rest.iter().position(|byte| *byte != b'/').unwrap_or(rest.len());
+            home.join(OsStr::from_bytes(&rest[start..]))
+        }
+        [b'~', ..] => return Err(PathError::OtherHome),
+        path => home.join(OsStr::from_bytes(path)),
     };
     Ok(clean(&expanded))
 }
@@ -111,6 +118,14 @@ mod tests {
         for (path, workdir, expected) in cases {
             let resolved = resolve_path(path, &user("/home/user"), *workdir);
             assert_eq!(resolved.as_deref(), Ok(Path::new(expected)), "{path:?} with {workdir:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_stays_what_it_is() {
+        for path in [&b"raw\xff"[..], b"~/raw\xff", b"./raw\xff", b"/home/user/raw\xff"] {
+            let resolved = resolve_path(OsStr::from_bytes(path), &user("/home/user"), None).unwrap();
+            assert_eq!(resolved.as_os_str().as_bytes(), b"/home/user/raw\xff");
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, Method, Uri, header};
+use guestd_protocol::files_query::FilesQuery;
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CODE_PORT, ENVD_PORT};
 
@@ -120,18 +121,17 @@ fn by_signature(sandboxes: &Arc<Sandboxes>, request: &Request) -> Option<Found> 
     if request.uri().path() != "/files" {
         return None;
     }
-    let query: Vec<(String, String)> = serde_urlencoded::from_str(request.uri().query()?).ok()?;
-    let get = |name: &str| query.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
-    let signature = get("signature")?;
+    let query = FilesQuery::parse(request.uri().query()?).ok()?;
+    let signature = query.signature.as_deref()?;
     // Each sandbox's token is tried: what is tried has to be small.
     if request.uri().query()?.len() > SIGNED_QUERY_LIMIT || !signature.starts_with("v1_") {
         return None;
     }
     let signed = Signed {
-        path: get("path").unwrap_or_default(),
+        path: query.path().unwrap_or_default(),
         operation: if request.method() == Method::GET { Operation::Read } else { Operation::Write },
-        username: get("username").unwrap_or_default(),
-        expiration: get("signature_expiration"),
+        username: query.username().unwrap_or_default(),
+        expiration: query.expiration.as_ref().map(|expiration| expiration.text.as_str()),
     };
     sandboxes.find_where(|found| match found {
         Found::Live(sandbox) => signed.matches(signature, &sandbox.record.access_token),

@@ -77,11 +77,19 @@ impl WireBody {
         Ok(self.lock().hashers.take())
     }
 
-    /// Reads the rest, for a while.
-    pub(super) async fn drain(mut self) {
-        let emptied = async { while let Some(Ok(_)) = self.next().await {} };
+    /// Reads the rest, for a while; says whether the connection has come to the end of the request and can take another.
+    pub(super) async fn drain(mut self) -> bool {
+        let emptied = async {
+            loop {
+                match self.next().await {
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) => return false,
+                    None => return true,
+                }
+            }
+        };
         // Whether it ended or the time is up, the answer goes out now.
-        let _ = tokio::time::timeout(DRAIN, emptied).await;
+        tokio::time::timeout(DRAIN, emptied).await.unwrap_or(false)
     }
 }
 

@@ -3,14 +3,17 @@
 //! One descriptor serves the whole answer, so the path cannot turn into something else between the checks and the read. The head
 //! of the answer comes from [`head`], the body from [`Content`].
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::response::Response;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use guestd_protocol::files_query::FilesQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use tower::ServiceExt as _;
 use tower_http::CompressionLevel;
 use tower_http::compression::Compression;
@@ -18,9 +21,9 @@ use tower_http::compression::predicate::SizeAbove;
 
 use super::content::Content;
 use super::digest;
-use super::head::head;
-use super::negotiation::{Encoding, negotiate};
-use super::{FilesError, FilesQuery, Filesystem, blocking};
+use super::head::{head, packed_tag};
+use super::negotiation::{Encoding, negotiate, of_the_whole};
+use super::{FilesError, Filesystem, blocking};
 
 /// RFC 9530.
 const REPR_DIGEST: HeaderName = HeaderName::from_static("repr-digest");
@@ -33,12 +36,13 @@ const OCTET_STREAM: HeaderValue = HeaderValue::from_static("application/octet-st
 /// Those of envd.md section 4.5, in the JSON form; see [`FilesError::status`].
 pub(super) async fn download(
     State(filesystem): State<Arc<Filesystem>>,
-    Query(query): Query<FilesQuery>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, FilesError> {
+    let query = FilesQuery::parse(uri.query().unwrap_or_default())?;
     let (path, content) = blocking(move || {
         let caller = Arc::new(filesystem.files_caller(query.username())?);
-        let path = caller.resolve(query.path().unwrap_or_default())?;
+        let path = caller.resolve(OsStr::from_bytes(query.path().unwrap_or_default()))?;
         let content = caller.files_work(|| Content::open(&caller, &path))?;
         Ok((path, content))
     })
@@ -49,10 +53,12 @@ pub(super) async fn download(
     }
     // A digest is that of the file itself, so the file itself is what goes out, unless the client takes only gzip (RFC 9530, section 3).
     let wanted = digest::wanted(&headers).filter(|_| encoding != Encoding::Gzip { only: true });
+    let mut whole = of_the_whole(&headers);
     if wanted.is_some() {
-        encoding = Encoding::Identity;
+        (encoding, whole) = (Encoding::Identity, Encoding::Identity);
     }
-    let mut head = head(&path, &content, &headers).await;
+    let packs = |kind: Option<&HeaderValue>| whole.packs(&content_type(kind, &content.start));
+    let mut head = head(&path, &content, &headers, packs).await;
     let has_body = matches!(head.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT);
     if has_body {
         let kind = content_type(head.headers().get(header::CONTENT_TYPE), &content.start);
@@ -77,13 +83,10 @@ pub(super) async fn download(
         }
         _ => Body::empty(),
     };
-    let compress = match encoding {
-        Encoding::Gzip { only } => {
-            has_body && (only || compressible(parts.headers.get(header::CONTENT_TYPE)))
-        }
-        Encoding::Identity | Encoding::None => false,
-    };
-    if compress {
+    if has_body && parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| encoding.packs(kind)) {
+        let tag = parts.headers.get(header::ETAG).and_then(packed_tag);
+        parts.headers.remove(header::ETAG);
+        parts.headers.extend(tag.map(|tag| (header::ETAG, tag)));
         // The size of the compressed answer is not known, and no range of it can be asked for.
         parts.headers.remove(header::CONTENT_LENGTH);
         parts.headers.remove(header::ACCEPT_RANGES);
@@ -115,9 +118,16 @@ async fn gzip(response: Response) -> Response {
     }
 }
 
+impl Encoding {
+    /// Whether content of this type goes out compressed.
+    fn packs(self, kind: &HeaderValue) -> bool {
+        matches!(self, Self::Gzip { only } if only || compressible(kind))
+    }
+}
+
 /// Content that is compressed already only costs time to compress again.
-fn compressible(kind: Option<&HeaderValue>) -> bool {
-    let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+fn compressible(kind: &HeaderValue) -> bool {
+    let kind = kind.to_str().unwrap_or_default();
     let (family, kind) = kind.split_once('/').unwrap_or_default();
     match family {
         "image" => kind.starts_with("svg") || kind.starts_with("bmp"),
@@ -240,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_is_compressed_already_is_not_compressed_again() {
-        let compresses = |kind: &str| compressible(Some(&HeaderValue::from_str(kind).unwrap()));
+        let compresses = |kind: &str| compressible(&HeaderValue::from_str(kind).unwrap());
         for kind in
             ["text/plain; charset=utf-8", "application/json", "application/octet-stream", "image/svg+xml"]
         {
@@ -249,7 +259,6 @@ mod tests {
         for kind in ["image/png", "video/mp4", "audio/ogg", "application/zip", "application/gzip"] {
             assert!(!compresses(kind), "{kind}");
         }
-        assert!(compressible(None));
     }
 
     #[test]

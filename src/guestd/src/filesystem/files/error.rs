@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use axum::response::{IntoResponse, Response};
+use guestd_protocol::files_query::FilesQueryError;
 use http::{HeaderValue, StatusCode, header};
 
 use super::digest::DigestError;
@@ -16,6 +17,8 @@ use crate::identity::{AccountsError, PathError, User};
 pub enum FilesError {
     #[error("error looking up user '{name}': {source}")]
     User { name: String, source: AccountsError },
+    #[error(transparent)]
+    Query(#[from] FilesQueryError),
     #[error(transparent)]
     Path(#[from] PathError),
     #[error("path '{}' does not exist", path.display())]
@@ -125,7 +128,8 @@ impl FilesError {
             Self::User { source: AccountsError::Read { .. }, .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotFound { .. } => StatusCode::NOT_FOUND,
             Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
-            Self::Path(_)
+            Self::Query(_)
+            | Self::Path(_)
             | Self::IsDirectory { .. }
             | Self::NotRegular { .. }
             | Self::ContentType { .. }
@@ -171,11 +175,17 @@ impl FilesError {
 impl IntoResponse for FilesError {
     fn into_response(self) -> Response {
         let status = self.status();
+        if let Self::Query(error) = &self {
+            // In front of the handlers this is told in plain text as well (contract: envd.md section 4).
+            return (status, error.to_string()).into_response();
+        }
         let mut body = serde_json::json!({ "code": status.as_u16(), "message": self.to_string() });
         if let Some(written) = self.written() {
             body["written"] = written.into();
         }
         let nosniff = [(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"))];
-        (status, nosniff, axum::Json(body)).into_response()
+        // A cache must not give this refusal to a client that accepts more.
+        let vary = matches!(self, Self::NotAcceptable).then_some(("vary", "Accept-Encoding"));
+        (status, nosniff, vary.map(|vary| [vary]), axum::Json(body)).into_response()
     }
 }

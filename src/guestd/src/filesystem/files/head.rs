@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use tokio::io::{AsyncRead, AsyncSeek, ReadBuf};
 use tower::ServiceExt as _;
 use tower_http::services::ServeDir;
@@ -23,9 +23,17 @@ use super::content::Content;
 const LAST_DATE: Duration = Duration::from_secs(253_402_300_799);
 
 /// The head of the answer to `request`. A file of unknown size has no ranges, no conditions and no length.
-pub(super) async fn head(path: &Path, content: &Content, request: &HeaderMap) -> Response<()> {
+///
+/// `packs` says of the content type that the extension stands for whether the client would get the whole file in gzip. That form has a
+/// tag of its own ([`packed_tag`]): a client that holds the start of it must not be given the end of the file itself.
+pub(super) async fn head(
+    path: &Path,
+    content: &Content,
+    request: &HeaderMap,
+    packs: impl Fn(Option<&HeaderValue>) -> bool,
+) -> Response<()> {
     let facts = Facts { size: content.size().unwrap_or(0), modified: content.modified };
-    let Some(_size) = content.size() else {
+    let Some(size) = content.size() else {
         let mut response = ask(path, &facts, HeaderMap::new()).await;
         for name in [header::CONTENT_LENGTH, header::ACCEPT_RANGES, header::ETAG] {
             response.headers_mut().remove(name);
@@ -33,18 +41,59 @@ pub(super) async fn head(path: &Path, content: &Content, request: &HeaderMap) ->
         return response;
     };
     let mut asked = request.clone();
-    if let Some(validator) = asked.remove(header::IF_RANGE) {
+    if size == 0 {
+        // No range lies in an empty file, and some clients ask for one each time: they get all that there is, as from envd.
+        asked.remove(header::RANGE);
+    }
+    let mut holds = None;
+    if TAGGED.iter().any(|name| asked.contains_key(name)) {
         let current = ask(path, &facts, HeaderMap::new()).await;
-        let matches = |name| current.headers().get(name) == Some(&validator);
-        // A weak tag never equals the tags that are sent, which are strong.
-        if !matches(header::ETAG) && !matches(header::LAST_MODIFIED) {
-            asked.remove(header::RANGE);
+        let (tag, kind) = (current.headers().get(header::ETAG), current.headers().get(header::CONTENT_TYPE));
+        if let Some(validator) = asked.remove(header::IF_RANGE) {
+            // A weak tag never equals the tags that are sent, which are strong. A date is that of both forms.
+            let is_date = current.headers().get(header::LAST_MODIFIED) == Some(&validator) && !packs(kind);
+            if tag != Some(&validator) && !is_date {
+                asked.remove(header::RANGE);
+            }
+        }
+        if let Some((tag, packed)) = tag.and_then(|tag| Some((tag, packed_tag(tag)?))) {
+            if replace_tag(&mut asked, &header::IF_NONE_MATCH, &packed, tag) {
+                holds = Some(packed.clone());
+            }
+            // With a range it is about the bytes that the client holds.
+            if !asked.contains_key(header::RANGE) {
+                replace_tag(&mut asked, &header::IF_MATCH, &packed, tag);
+            }
         }
     }
-    if asked.get(header::RANGE).is_some_and(|range| is_longer_than(range, facts.size)) {
+    if asked.get(header::RANGE).is_some_and(|range| is_longer_than(range, size)) {
         asked.insert(header::RANGE, HeaderValue::from_static("bytes=0-"));
     }
-    ask(path, &facts, asked).await
+    let mut response = ask(path, &facts, asked).await;
+    if let Some(packed) = holds.filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
+        response.headers_mut().insert(header::ETAG, packed);
+    }
+    response
+}
+
+/// The conditions that can hold a tag.
+const TAGGED: [HeaderName; 3] = [header::IF_RANGE, header::IF_MATCH, header::IF_NONE_MATCH];
+
+/// The tag of the gzip form of what has this tag: `"abc-gzip"` for `"abc"`.
+pub(super) fn packed_tag(tag: &HeaderValue) -> Option<HeaderValue> {
+    let open = tag.to_str().ok()?.strip_suffix('"')?;
+    HeaderValue::from_str(&format!("{open}-gzip\"")).ok()
+}
+
+/// Writes `tag` for `packed` in a condition; says whether the client holds the gzip form and not the other.
+fn replace_tag(headers: &mut HeaderMap, name: &HeaderName, packed: &HeaderValue, tag: &HeaderValue) -> bool {
+    let text = |value: &HeaderValue| value.to_str().map(str::to_owned).unwrap_or_default();
+    let (packed, tag) = (text(packed), text(tag));
+    let Some(tags) = headers.get(name).map(text).filter(|tags| tags.contains(&packed)) else { return false };
+    // Tags are quoted, so none is found within another.
+    let Ok(replaced) = HeaderValue::from_str(&tags.replace(&packed, &tag)) else { return false };
+    headers.insert(name, replaced);
+    !tags.contains(&tag)
 }
 
 /// Whether a range asks for more of the end than there is, which is the whole (RFC 9110, section 14.1.2); tower-http refuses it.

@@ -3,7 +3,7 @@
 //! Owns the handlers, their query and their errors. The access token and the signature are checked by the middleware in front;
 //! the user comes from the query and not from a Basic header. [`download`], [`upload`] and [`compose`] are the handlers, [`content`]
 //! opens for reading, [`destination`] for writing in place and [`staged`] for replacing at once, [`negotiation`] chooses the encoding,
-//! [`body`], [`multipart`], [`digest`] and [`metadata`] read requests, [`error`] says what went wrong.
+//! [`body`], [`gzip`], [`multipart`], [`digest`] and [`metadata`] read requests, [`error`] says what went wrong.
 
 mod body;
 mod compose;
@@ -12,6 +12,7 @@ mod destination;
 mod digest;
 mod download;
 mod error;
+mod gzip;
 mod head;
 mod metadata;
 mod multipart;
@@ -26,9 +27,9 @@ use std::sync::Arc;
 
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::map_request;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use http::StatusCode;
-use tower_http::decompression::RequestDecompressionLayer;
+use http::{StatusCode, header};
 
 use super::{Caller, Filesystem};
 
@@ -40,33 +41,19 @@ pub use error::FilesError;
 ///
 /// `HEAD` stays 405, as it is in envd: a middleware that guards the two methods by name must not be passed by a third one.
 pub fn routes(filesystem: Arc<Filesystem>) -> axum::Router {
-    let files = get(download::download).post(upload::upload).head(async || StatusCode::METHOD_NOT_ALLOWED);
+    let files = get(download::download).post(upload::upload).head(not_allowed).fallback(not_allowed);
     axum::Router::new()
         .route("/files", files)
         .route("/files/compose", post(compose::compose))
         .layer(DefaultBodyLimit::disable())
         // Removes the header of what it decodes; the upload refuses a request that still has one.
-        .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
+        .layer(map_request(gzip::decode))
         .layer(map_request(body::keep_wire_body))
         .with_state(filesystem)
 }
 
-/// The query of both methods. The signature's fields belong to the middleware.
-#[derive(Debug, serde::Deserialize)]
-struct FilesQuery {
-    path: Option<String>,
-    username: Option<String>,
-}
-
-impl FilesQuery {
-    /// An empty parameter is an absent one, as SDKs that build their queries from optional values send it.
-    fn path(&self) -> Option<&str> {
-        self.path.as_deref().filter(|path| !path.is_empty())
-    }
-
-    fn username(&self) -> Option<&str> {
-        self.username.as_deref().filter(|name| !name.is_empty())
-    }
+async fn not_allowed() -> impl IntoResponse {
+    (StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, POST")])
 }
 
 impl Filesystem {

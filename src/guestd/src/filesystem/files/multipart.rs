@@ -2,16 +2,15 @@
 //! what the parser holds in memory (contract: envd.md section 4.6).
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt as _};
 use http::{HeaderMap, HeaderValue, header};
 
 /// How much the parser may take in without giving anything out. Only the headers of a part and what precedes the first boundary
-/// can get there.
+/// can get there; what follows the last boundary may be as much.
 const MOST_HELD: usize = 4 * 1024 * 1024;
 
 /// Whether this is a multipart type of any kind.
@@ -28,33 +27,33 @@ pub(super) fn as_form_data(headers: &mut HeaderMap) {
     }
 }
 
-/// Field name and file name of a part. The parser's own reading misses a `filename*` that precedes `filename`, and undoes no
-/// escapes but one.
+/// Field name and file name of a part, byte for byte. The parser's own reading misses a `filename*` that precedes `filename`, and undoes
+/// no escapes but one.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Disposition {
-    pub name: Option<String>,
-    pub file_name: Option<String>,
+    pub name: Option<Vec<u8>>,
+    pub file_name: Option<Vec<u8>>,
 }
 
 impl Disposition {
     pub(super) fn of(headers: &HeaderMap) -> Self {
-        let value =
-            headers.get(header::CONTENT_DISPOSITION).map(|value| String::from_utf8_lossy(value.as_bytes()));
-        value.map_or_else(Self::default, |value| Self::parse(&value))
+        let value = headers.get(header::CONTENT_DISPOSITION);
+        value.map_or_else(Self::default, |value| Self::parse(value.as_bytes()))
     }
 
-    fn parse(value: &str) -> Self {
+    fn parse(value: &[u8]) -> Self {
         let mut found = Self::default();
         let mut extended = None;
-        let mut rest = value.split_once(';').map_or("", |(_kind, rest)| rest);
-        while let Some((name, after)) = rest.split_once('=') {
-            let name = name.trim_start_matches([' ', '\t', ';']).trim_end();
-            let (value, after) = parameter_value(after.trim_start());
-            if name.eq_ignore_ascii_case("name") {
+        let mut rest = split(value, b';').map_or(&[][..], |(_kind, rest)| rest);
+        while let Some((name, after)) = split(rest, b'=') {
+            let start = name.iter().position(|byte| !b" \t;".contains(byte)).unwrap_or(name.len());
+            let name = name[start..].trim_ascii_end();
+            let (value, after) = parameter_value(after.trim_ascii_start());
+            if name.eq_ignore_ascii_case(b"name") {
                 found.name.get_or_insert(value);
-            } else if name.eq_ignore_ascii_case("filename") {
+            } else if name.eq_ignore_ascii_case(b"filename") {
                 found.file_name.get_or_insert(value);
-            } else if name.eq_ignore_ascii_case("filename*") {
+            } else if name.eq_ignore_ascii_case(b"filename*") {
                 extended = extended.or_else(|| decode_extended(&value));
             }
             rest = after;
@@ -65,80 +64,118 @@ impl Disposition {
     }
 }
 
+/// What is before and after the first `separator`.
+fn split(text: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
+    let index = memchr::memchr(separator, text)?;
+    Some((&text[..index], &text[index + 1..]))
+}
+
 /// A token or a quoted string, and what follows it.
-fn parameter_value(text: &str) -> (String, &str) {
-    let Some(quoted) = text.strip_prefix('"') else {
-        let (value, after) = text.split_once(';').unwrap_or((text, ""));
-        return (value.trim_end().to_owned(), after);
+fn parameter_value(text: &[u8]) -> (Vec<u8>, &[u8]) {
+    let Some(quoted) = text.strip_prefix(b"\"") else {
+        let (value, after) = split(text, b';').unwrap_or((text, &[]));
+        return (value.trim_ascii_end().to_owned(), after);
     };
-    let mut value = String::new();
-    let mut letters = quoted.char_indices().peekable();
-    while let Some((index, letter)) = letters.next() {
-        match letter {
-            '"' => {
-                return (value, quoted[index + 1..].trim_start_matches([' ', '\t']).trim_start_matches(';'));
+    let mut value = Vec::new();
+    let mut rest = quoted;
+    while let [byte, after @ ..] = rest {
+        rest = after;
+        match (byte, after) {
+            (b'"', _) => {
+                let after = after.trim_ascii_start();
+                let start = after.iter().position(|byte| *byte != b';').unwrap_or(after.len());
+                return (value, &after[start..]);
             }
             // Only a special character is escaped, so that `C:\dir\file` survives, which browsers used to send as it is.
-            '\\' if letters.peek().is_some_and(|(_, next)| r#"()<>@,;:\"/[]?="#.contains(*next)) => {
-                value.extend(letters.next().map(|(_, escaped)| escaped));
+            (b'\\', [escaped, after @ ..]) if br#"()<>@,;:\"/[]?="#.contains(escaped) => {
+                value.push(*escaped);
+                rest = after;
             }
-            letter => value.push(letter),
+            (byte, _) => value.push(*byte),
         }
     }
-    (value, "")
+    (value, &[])
 }
 
 /// `utf-8'language'%41%42` (RFC 8187).
-fn decode_extended(value: &str) -> Option<String> {
-    let (charset, rest) = value.split_once('\'')?;
-    let (_language, encoded) = rest.split_once('\'')?;
-    if !charset.eq_ignore_ascii_case("utf-8") {
+fn decode_extended(value: &[u8]) -> Option<Vec<u8>> {
+    let (charset, rest) = split(value, b'\'')?;
+    let (_language, encoded) = split(rest, b'\'')?;
+    if !charset.eq_ignore_ascii_case(b"utf-8") {
         return None;
     }
     let mut bytes = Vec::with_capacity(encoded.len());
-    let mut input = encoded.bytes();
+    let mut input = encoded.iter();
     while let Some(byte) = input.next() {
-        if byte == b'%' {
-            let mut digit = || char::from(input.next()?).to_digit(16);
+        if *byte == b'%' {
+            let mut digit = || char::from(*input.next()?).to_digit(16);
             let (high, low) = (digit()?, digit()?);
             bytes.push(u8::try_from(high * 16 + low).ok()?);
         } else {
-            bytes.push(byte);
+            bytes.push(*byte);
         }
     }
-    String::from_utf8(bytes).ok()
+    std::str::from_utf8(&bytes).is_ok().then_some(bytes)
 }
 
-/// How many bytes the parser took in since it last gave some out.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Held(Arc<AtomicUsize>);
-
-impl Held {
-    /// To be called for everything that comes out of the parser.
-    pub(super) fn release(&self) {
-        self.0.store(0, Ordering::Relaxed);
-    }
-}
-
-/// The parser ate [`MOST_HELD`] bytes and found neither a boundary nor the end of a header.
+/// The parser ate [`MOST_HELD`] bytes and found neither a boundary nor the end of a header, or so many follow the last boundary.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("more than {MOST_HELD} bytes without a boundary or the end of a part's headers")]
 pub(super) struct TooMuchHeld;
 
-/// Feeds the parser one chunk at a time.
+/// Feeds the parser one chunk at a time, and reads what the parser leaves.
 ///
-/// On its own it reads for as long as the body has bytes ready and only then looks at them. A gzip body has a thousand times its
-/// size ready at once, so one small request would take all memory.
+/// On its own the parser reads for as long as the body has bytes ready and only then looks at them. A gzip body has a thousand times
+/// its size ready at once, so one small request would take all memory. And it stops at the last boundary, where the body goes on: a
+/// line break belongs there, a trailer may follow (RFC 2046, section 5.1.1), and gzip has its checksum behind it.
 #[derive(Debug)]
-pub(super) struct Paced<S> {
+pub(super) struct Paced<S>(Arc<Mutex<Feed<S>>>);
+
+#[derive(Debug)]
+struct Feed<S> {
     inner: S,
-    held: Held,
+    /// How many bytes the parser took in since it last gave some out.
+    held: usize,
     pause: bool,
 }
 
+impl<S> Clone for Paced<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
 impl<S> Paced<S> {
-    pub(super) fn new(inner: S, held: Held) -> Self {
-        Self { inner, held, pause: false }
+    pub(super) fn new(inner: S) -> Self {
+        Self(Arc::new(Mutex::new(Feed { inner, held: 0, pause: false })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Feed<S>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called for everything that comes out of the parser.
+    pub(super) fn release(&self) {
+        self.lock().held = 0;
+    }
+}
+
+impl<S, E> Paced<S>
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+    E: Into<axum::BoxError>,
+{
+    /// Reads to the end what follows the last boundary, which means nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of the body, and [`TooMuchHeld`].
+    pub(super) async fn finish(mut self) -> Result<(), axum::BoxError> {
+        self.release();
+        while let Some(bytes) = self.next().await {
+            bytes?;
+        }
+        Ok(())
     }
 }
 
@@ -149,17 +186,18 @@ where
 {
     type Item = Result<Bytes, axum::BoxError>;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if std::mem::take(&mut self.pause) {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut feed = self.lock();
+        if std::mem::take(&mut feed.pause) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let item = ready!(Pin::new(&mut self.inner).poll_next(cx));
-        self.pause = true;
+        let item = ready!(Pin::new(&mut feed.inner).poll_next(cx));
+        feed.pause = true;
         Poll::Ready(match item {
             Some(Ok(bytes)) => {
-                let held = self.held.0.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
-                Some(if held > MOST_HELD { Err(TooMuchHeld.into()) } else { Ok(bytes) })
+                feed.held += bytes.len();
+                Some(if feed.held > MOST_HELD { Err(TooMuchHeld.into()) } else { Ok(bytes) })
             }
             Some(Err(error)) => Some(Err(error.into())),
             None => None,
@@ -172,7 +210,7 @@ mod tests {
     use super::*;
 
     fn disposition(name: Option<&str>, file_name: Option<&str>) -> Disposition {
-        Disposition { name: name.map(str::to_owned), file_name: file_name.map(str::to_owned) }
+        Disposition { name: name.map(Into::into), file_name: file_name.map(Into::into) }
     }
 
     #[test]
@@ -201,21 +239,34 @@ mod tests {
             ("form-data; name=\"file\"; filename=\"你好/ü.txt\"", Some("file"), Some("你好/ü.txt")),
         ];
         for (value, name, file_name) in cases {
-            assert_eq!(Disposition::parse(value), disposition(*name, *file_name), "{value}");
+            assert_eq!(Disposition::parse(value.as_bytes()), disposition(*name, *file_name), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_file_name_that_is_no_text_keeps_its_bytes() {
+        for (value, file_name) in [
+            (&b"form-data; name=file; filename=\"a\xfe\"; x=y"[..], &b"a\xfe"[..]),
+            (b"form-data; name=file; filename=\xc3\xa0", b"\xc3\xa0"),
+            (b"form-data; filename*=utf-8''%ff; name=file; filename=\"a\xff\"", b"a\xff"),
+        ] {
+            let expected = Disposition { name: Some(b"file".to_vec()), file_name: Some(file_name.to_vec()) };
+            assert_eq!(Disposition::parse(value), expected);
         }
     }
 
     proptest::proptest! {
         #[test]
         fn any_disposition_is_read_without_a_panic(value in "\\PC{0,40}", header in "[a-z;=\"\\\\*'% ]{0,40}") {
-            Disposition::parse(&value);
-            Disposition::parse(&header);
+            Disposition::parse(value.as_bytes());
+            Disposition::parse(header.as_bytes());
         }
 
         #[test]
         fn a_quoted_file_name_comes_back_as_it_was(name in "[^\\x00-\\x1f]{0,30}") {
             let escaped = name.replace('\\', r"\\").replace('"', "\\\"");
-            let read = Disposition::parse(&format!("form-data; name=\"file\"; filename=\"{escaped}\"; x=y"));
+            let header = format!("form-data; name=\"file\"; filename=\"{escaped}\"; x=y");
+            let read = Disposition::parse(header.as_bytes());
             proptest::prop_assert_eq!(read, disposition(Some("file"), Some(&name)));
         }
     }

@@ -24,12 +24,22 @@ const NEEDS_IDENTITY: [HeaderName; 6] = [
     header::IF_UNMODIFIED_SINCE,
 ];
 
-/// The highest weight wins, and of equals the first; a bare `*` means identity unless identity is refused.
+/// The encoding of the answer to this request.
 pub(super) fn negotiate(headers: &HeaderMap) -> Encoding {
     let wishes = Wishes::read(headers);
-    let gzip =
-        if NEEDS_IDENTITY.iter().any(|name| headers.contains_key(name)) { None } else { wishes.gzip() };
-    match (gzip, wishes.identity()) {
+    let needs_identity = NEEDS_IDENTITY.iter().any(|name| headers.contains_key(name));
+    choose(wishes.gzip().filter(|_| !needs_identity), wishes.identity())
+}
+
+/// The encoding that the client would get the whole file in, were that all that it asks for.
+pub(super) fn of_the_whole(headers: &HeaderMap) -> Encoding {
+    let wishes = Wishes::read(headers);
+    choose(wishes.gzip(), wishes.identity())
+}
+
+/// The highest weight wins, and of equals the first; a bare `*` means identity unless identity is refused.
+fn choose(gzip: Option<Wish>, identity: Option<Wish>) -> Encoding {
+    match (gzip, identity) {
         (Some(_), None) => Encoding::Gzip { only: true },
         (Some(gzip), Some(identity)) if gzip.beats(identity) => Encoding::Gzip { only: false },
         (_, Some(_)) => Encoding::Identity,

@@ -1,30 +1,37 @@
 //! `POST /files` (contract: envd.md section 4.6).
 
 use std::collections::{BTreeMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::BoxError;
 use axum::body::{Body, BodyDataStream};
 use axum::extract::multipart::{Field, MultipartError};
-use axum::extract::{FromRequest as _, Multipart, Query, Request, State};
+use axum::extract::{FromRequest as _, Multipart, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use http::{HeaderMap, header};
+use guestd_protocol::files_query::FilesQuery;
+use http::{HeaderMap, HeaderValue, Version, header};
 use serde::Serialize;
 
 use super::body::{WireBody, WireError};
 use super::destination::{Destination, Replace};
 use super::digest::{self, Hashers};
-use super::multipart::{Disposition, Held, Paced, TooMuchHeld, as_form_data, is_multipart};
+use super::multipart::{Disposition, Paced, TooMuchHeld, as_form_data, is_multipart};
 use super::staged::Staged;
-use super::{FilesError, FilesQuery, Filesystem, as_user, as_user_at, blocking, metadata};
+use super::{FilesError, Filesystem, as_user, as_user_at, blocking, metadata};
 use crate::filesystem::Caller;
 
 /// How the files of an upload take their places; additive to envd's protocol.
 const REPLACE: &str = "guestd-replace";
 /// How many files one request may replace at once: each is open until its end.
 const MOST_STAGED: usize = 100;
+/// How long the end of a multipart body may take once its last boundary was there.
+const EPILOGUE: Duration = Duration::from_secs(60);
 
 /// One file of the answer.
 #[derive(Debug, Serialize)]
@@ -41,30 +48,34 @@ struct Uploaded {
 /// # Errors
 ///
 /// Those of envd.md section 4.6, in the JSON form; see [`FilesError::status`]. Files before the failing one stay.
-pub(super) async fn upload(
-    State(filesystem): State<Arc<Filesystem>>,
-    Query(query): Query<FilesQuery>,
-    request: Request,
-) -> Result<Response, FilesError> {
+pub(super) async fn upload(State(filesystem): State<Arc<Filesystem>>, request: Request) -> Response {
     let (mut parts, body) = request.into_parts();
     let wire = parts.extensions.remove::<WireBody>();
-    let Some(wire) = wire else { return Err(FilesError::Stopped) };
-    let result = receive(&filesystem, &query, parts, body.into_data_stream(), &wire).await;
-    match &result {
+    let Some(wire) = wire else { return FilesError::Stopped.into_response() };
+    let version = parts.version;
+    let result = receive(&filesystem, parts, body.into_data_stream(), &wire).await;
+    let emptied = match &result {
+        Ok(_) => true,
         // Nobody is there to be listened to.
-        Ok(_) | Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => {}
+        Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => false,
         Err(_) => wire.drain().await,
+    };
+    let mut response = result.map(|uploaded| axum::Json(uploaded).into_response()).into_response();
+    // The rest of this request is in the way of the next one. HTTP/2 ends the one stream, and has no such header.
+    if !emptied && version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    result.map(|uploaded| axum::Json(uploaded).into_response())
+    response
 }
 
 async fn receive(
     filesystem: &Arc<Filesystem>,
-    query: &FilesQuery,
     mut parts: http::request::Parts,
     body: BodyDataStream,
     wire: &WireBody,
 ) -> Result<Vec<Uploaded>, FilesError> {
+    let query = FilesQuery::parse(parts.uri.query().unwrap_or_default())?;
+    let path = query.path().map(OsStr::from_bytes);
     let metadata = Arc::new(metadata::parse(&parts.headers)?);
     let replace = replace(&parts.headers)?;
     let digests = digest::expected(&parts.headers)?;
@@ -80,10 +91,10 @@ async fn receive(
         parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     if essence == "application/octet-stream" {
-        upload.octet_stream(query.path().ok_or(FilesError::MissingPath)?, body).await?;
+        upload.octet_stream(path.ok_or(FilesError::MissingPath)?, body).await?;
     } else if is_multipart(&essence) {
         as_form_data(&mut parts.headers);
-        upload.multipart(query.path(), parts, body).await?;
+        upload.multipart(path, parts, body).await?;
     } else {
         return Err(FilesError::ContentType { content_type: content_type.to_owned() });
     }
@@ -139,7 +150,7 @@ struct Upload {
 }
 
 impl Upload {
-    async fn octet_stream(&mut self, path: &str, mut body: BodyDataStream) -> Result<(), FilesError> {
+    async fn octet_stream(&mut self, path: &OsStr, mut body: BodyDataStream) -> Result<(), FilesError> {
         // The first bytes tell whether it is gzip at all, before the file is touched.
         let mut next = body.next().await.transpose().map_err(body_error)?;
         let mut file = self.open(path).await?;
@@ -152,34 +163,42 @@ impl Upload {
 
     async fn multipart(
         &mut self,
-        path: Option<&str>,
+        path: Option<&OsStr>,
         parts: http::request::Parts,
         body: BodyDataStream,
     ) -> Result<(), FilesError> {
-        let held = Held::default();
-        let body = Body::from_stream(Paced::new(body, held.clone()));
-        let request = Request::from_parts(parts, body);
+        let body = Paced::new(body);
+        let request = Request::from_parts(parts, Body::from_stream(body.clone()));
         let malformed = |message: String| FilesError::Multipart { message };
         let mut multipart =
             Multipart::from_request(request, &()).await.map_err(|error| malformed(error.body_text()))?;
         while let Some(mut field) = multipart.next_field().await.map_err(multipart_error)? {
-            held.release();
+            body.release();
             let disposition = Disposition::of(field.headers());
-            if disposition.name.as_deref() == Some("file") {
-                let path = path.map(str::to_owned).or(disposition.file_name).filter(|path| !path.is_empty());
+            if disposition.name.as_deref() == Some(b"file") {
+                let path = path
+                    .map(OsStr::to_owned)
+                    .or(disposition.file_name.map(OsString::from_vec))
+                    .filter(|path| !path.is_empty());
                 let mut file = self.open(&path.ok_or(FilesError::MissingFileName)?).await?;
-                while let Some(bytes) = chunk(&mut field, &held).await? {
+                while let Some(bytes) = chunk(&mut field, &body).await? {
                     file.write(bytes).await?;
                 }
                 self.finish(file).await?;
             } else {
-                while chunk(&mut field, &held).await?.is_some() {}
+                while chunk(&mut field, &body).await?.is_some() {}
             }
         }
-        Ok(())
+        drop(multipart);
+        let finished = tokio::time::timeout(EPILOGUE, body.finish()).await;
+        finished
+            .map_err(|_elapsed| FilesError::Idle {
+                message: format!("it did not end within {} seconds of its last boundary", EPILOGUE.as_secs()),
+            })?
+            .map_err(body_error)
     }
 
-    async fn open(&mut self, path: &str) -> Result<OpenFile, FilesError> {
+    async fn open(&mut self, path: &OsStr) -> Result<OpenFile, FilesError> {
         let path = self.caller.resolve(path)?;
         if !self.seen.insert(path.clone()) {
             return Err(FilesError::SamePath { path });
@@ -227,9 +246,9 @@ impl OpenFile {
     }
 }
 
-async fn chunk(field: &mut Field<'_>, held: &Held) -> Result<Option<Bytes>, FilesError> {
+async fn chunk(field: &mut Field<'_>, body: &Paced<BodyDataStream>) -> Result<Option<Bytes>, FilesError> {
     let chunk = field.chunk().await.map_err(multipart_error)?;
-    held.release();
+    body.release();
     Ok(chunk)
 }
 
@@ -241,8 +260,9 @@ fn multipart_error(error: MultipartError) -> FilesError {
     }
 }
 
-pub(super) fn body_error(error: axum::Error) -> FilesError {
-    cause_of(&error).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
+pub(super) fn body_error(error: impl Into<BoxError>) -> FilesError {
+    let error = error.into();
+    cause_of(error.as_ref()).unwrap_or_else(|| FilesError::BodyBroken { message: error.to_string() })
 }
 
 fn broken(error: &WireError) -> FilesError {

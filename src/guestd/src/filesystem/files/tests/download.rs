@@ -11,7 +11,9 @@ use serde_json::json;
 use super::{Answer, gunzip, query, send};
 use crate::filesystem::tests::Fixture;
 
-async fn get(fixture: &Fixture, path: &str, headers: &[(&str, &str)]) -> Answer {
+type Headers<'a> = &'a [(&'a str, &'a str)];
+
+async fn get(fixture: &Fixture, path: &str, headers: Headers<'_>) -> Answer {
     let mut request = Request::get(query(&[("path", path)]));
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -92,6 +94,81 @@ async fn ranges_that_cannot_be_served() {
 }
 
 #[tokio::test]
+async fn a_range_of_an_empty_file_is_the_empty_file() {
+    let fixture = Fixture::new();
+    fixture.write("empty", "");
+    let tag = get(&fixture, "empty", &[]).await.header("etag").to_owned();
+    for range in ["bytes=0-", "bytes=0-0", "bytes=5-", "bytes=-5", "bytes=-0", "bytes=0-1,3-4"] {
+        for condition in [&[][..], &[("if-range", tag.as_str())], &[("if-range", "\"other\"")]] {
+            let answer = get(&fixture, "empty", &[&[("range", range)], condition].concat()).await;
+            assert_eq!((answer.status, answer.body.len()), (StatusCode::OK, 0), "{range}");
+            assert_eq!((answer.header("content-range"), answer.header("content-length")), ("", "0"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_holds_the_start_of_the_gzip_form_is_not_given_the_end_of_the_file() {
+    let fixture = Fixture::new();
+    fixture.write("f.txt", "0123456789");
+    fixture.write("f.png", "0123456789");
+    let packs = ("accept-encoding", "gzip");
+    let (plain, packed) = (get(&fixture, "f.txt", &[]).await, get(&fixture, "f.txt", &[packs]).await);
+    assert_eq!(packed.header("content-encoding"), "gzip");
+    let (tag, packed_tag, date) =
+        (plain.header("etag"), packed.header("etag"), plain.header("last-modified"));
+    assert!(packed_tag != tag && packed_tag.starts_with('"') && packed_tag.ends_with('"'));
+    let picture = get(&fixture, "f.png", &[packs]).await;
+    assert_eq!(picture.header("content-encoding"), "");
+    let range = ("range", "bytes=4-6");
+    let digest = ("want-repr-digest", "sha-256=1");
+    let cases: [(&str, Headers<'_>, u16); 9] = [
+        ("f.txt", &[range, ("if-range", tag), packs], 206),
+        ("f.txt", &[range, ("if-range", packed_tag)], 200),
+        ("f.txt", &[range, ("if-range", packed_tag), packs], 200),
+        ("f.txt", &[range, ("if-range", date)], 206),
+        ("f.txt", &[range, ("if-range", date), packs], 200),
+        ("f.txt", &[range, ("if-range", date), packs, digest], 206),
+        ("f.png", &[range, ("if-range", picture.header("last-modified")), packs], 206),
+        ("f.txt", &[range, ("if-match", packed_tag), packs], 412),
+        ("f.txt", &[range, ("if-match", tag), packs], 206),
+    ];
+    for (name, headers, status) in cases {
+        let answer = get(&fixture, name, headers).await;
+        assert_eq!((answer.status.as_u16(), answer.header("content-encoding")), (status, ""), "{headers:?}");
+        let content = match status {
+            200 => "0123456789",
+            206 => "456",
+            _ => "",
+        };
+        assert_eq!(answer.text(), content, "{headers:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_tag_of_either_form_tells_whether_the_file_has_changed() {
+    let fixture = Fixture::new();
+    fixture.write("f.txt", "0123456789");
+    let packs = ("accept-encoding", "gzip");
+    let (plain, packed) = (get(&fixture, "f.txt", &[]).await, get(&fixture, "f.txt", &[packs]).await);
+    let (tag, packed_tag) = (plain.header("etag"), packed.header("etag"));
+    let weak = format!("\"x\", W/{packed_tag}");
+    let both = format!("{tag}, {packed_tag}");
+    for (held, told) in [(tag, tag), (packed_tag, packed_tag), (&weak, packed_tag), (&both, tag)] {
+        let answer = get(&fixture, "f.txt", &[("if-none-match", held), packs]).await;
+        assert_eq!((answer.status, answer.header("etag")), (StatusCode::NOT_MODIFIED, told), "{held}");
+    }
+    for held in [tag, packed_tag, &both, "*"] {
+        let answer = get(&fixture, "f.txt", &[("if-match", held), packs]).await;
+        assert_eq!((answer.status, answer.text()), (StatusCode::OK, "0123456789"), "{held}");
+    }
+    fixture.write("f.txt", "changed");
+    assert_eq!(get(&fixture, "f.txt", &[("if-none-match", packed_tag)]).await.text(), "changed");
+    let answer = get(&fixture, "f.txt", &[("if-match", packed_tag)]).await;
+    assert_eq!(answer.status, StatusCode::PRECONDITION_FAILED);
+}
+
+#[tokio::test]
 async fn conditions_compare_the_date_and_the_tag() {
     let fixture = Fixture::new();
     fixture.write("f.txt", "0123456789");
@@ -153,6 +230,7 @@ async fn a_client_that_refuses_everything_gets_406() {
     fixture.write("f", "x");
     let answer = get(&fixture, "f", &[("accept-encoding", "identity;q=0")]).await;
     assert_eq!((answer.status, &answer.json()["code"]), (StatusCode::NOT_ACCEPTABLE, &json!(406)));
+    assert_eq!(answer.header("vary"), "Accept-Encoding");
     let range = [("accept-encoding", "gzip, identity;q=0"), ("range", "bytes=0-0")];
     assert_eq!(get(&fixture, "f", &range).await.status, StatusCode::NOT_ACCEPTABLE);
 }
@@ -226,6 +304,7 @@ async fn other_methods_are_not_allowed() {
     for method in ["HEAD", "PUT", "DELETE"] {
         let request =
             Request::builder().method(method).uri(query(&[("path", "f")])).body(Body::empty()).unwrap();
-        assert_eq!(send(&fixture, request).await.status, StatusCode::METHOD_NOT_ALLOWED, "{method}");
+        let answer = send(&fixture, request).await;
+        assert_eq!((answer.status, answer.header("allow")), (StatusCode::METHOD_NOT_ALLOWED, "GET, POST"));
     }
 }

@@ -104,6 +104,52 @@ async fn file_names_of_a_multipart_body_keep_their_directories() {
 }
 
 #[tokio::test]
+async fn names_that_are_no_text_are_files_of_their_own_in_both_directions() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let fixture = Fixture::new();
+    let disk = |byte: u8| fixture.home.join(std::ffi::OsStr::from_bytes(&[b'n', byte]));
+    for byte in [0xfe, 0xff] {
+        let request = Request::post(format!("/files?path=n%{byte:02x}")).header(OCTETS.0, OCTETS.1);
+        let answer = send(&fixture, request.body(format!("{byte}").into()).unwrap()).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+    for byte in [0xfe, 0xff] {
+        assert_eq!(std::fs::read_to_string(disk(byte)).unwrap(), format!("{byte}"));
+        let request = Request::get(format!("/files?path=n%{byte:02x}"));
+        assert_eq!(send(&fixture, request.body(Body::empty()).unwrap()).await.text(), format!("{byte}"));
+    }
+    let part = |byte: u8| {
+        let mut body = parts(&[("file", "nX", &[byte])]);
+        let place = body.iter().position(|byte| *byte == b'X').unwrap();
+        // The first X is in the boundary.
+        let place = place + body[place..].windows(2).position(|pair| pair == b"nX").unwrap() + 1;
+        body[place] = byte;
+        body.truncate(body.len() - b"--XX--\r\n".len());
+        body
+    };
+    let body = [part(0xfe), part(0xff), b"--XX--\r\n".to_vec()].concat();
+    let answer = post(&fixture, &[], &[MULTIPART], body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(
+        (std::fs::read(disk(0xfe)).unwrap(), std::fs::read(disk(0xff)).unwrap()),
+        (vec![0xfe], vec![0xff])
+    );
+}
+
+#[tokio::test]
+async fn a_query_that_means_nothing_is_refused_before_anything_is_written() {
+    let fixture = Fixture::new();
+    for query in ["path=f&path=f", "path=f&username=%ff", "path=f&signature_expiration=abc"] {
+        let request = Request::post(format!("/files?{query}")).header(OCTETS.0, OCTETS.1);
+        let answer = send(&fixture, request.body("x".into()).unwrap()).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{query}");
+        assert_eq!(answer.header("content-type"), "text/plain; charset=utf-8");
+        assert!(answer.text().starts_with("query parameter '"), "{}", answer.text());
+    }
+    assert!(!fixture.home.join("f").exists());
+}
+
+#[tokio::test]
 async fn the_path_of_the_query_wins_over_the_file_name() {
     let fixture = Fixture::new();
     let mixed = ("content-type", "multipart/mixed; boundary=\"XX\"");
@@ -136,6 +182,38 @@ async fn gzip_is_decoded_in_both_kinds_of_body() {
 }
 
 #[tokio::test]
+async fn every_member_of_a_gzip_body_arrives_and_what_follows_the_last_one_is_refused() {
+    let fixture = Fixture::new();
+    let body = |tail: &[u8]| [gzip(b"one"), gzip(b""), gzip(&large()), tail.to_vec()].concat();
+    let content = [b"one".to_vec(), large()].concat();
+    for (encoding, size) in [("gzip", 1), ("GZIP", 7), ("GZip", 1 << 20)] {
+        let headers = [OCTETS, ("content-encoding", encoding)];
+        let answer = post(&fixture, &[("path", "o")], &headers, in_pieces(body(b""), size)).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        assert!(std::fs::read(fixture.home.join("o")).unwrap() == content);
+    }
+    let path = fixture.write("kept", "old");
+    let atomic = [OCTETS, GZIP, ("guestd-replace", "atomic")];
+    for tail in [&b"\x1f"[..], b"\0", b"\n", b"garbage", &gzip(b"cut")[..15]] {
+        let answer = post(&fixture, &[("path", "kept")], &atomic, body(tail)).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{tail:?}");
+        assert!(answer.text().contains("the body is not valid gzip"), "{}", answer.text());
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    }
+}
+
+#[tokio::test]
+async fn a_multipart_body_may_be_in_several_gzip_members() {
+    let fixture = Fixture::new();
+    let plain = parts(&[("file", "m", &large())]);
+    let (start, end) = plain.split_at(plain.len() - 3);
+    let body = [gzip(start), gzip(end)].concat();
+    let answer = post(&fixture, &[], &[MULTIPART, GZIP], in_pieces(body, 1000)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert!(std::fs::read(fixture.home.join("m")).unwrap() == large());
+}
+
+#[tokio::test]
 async fn a_gzip_bomb_passes_through_in_small_pieces() {
     let fixture = Fixture::new();
     let answer =
@@ -149,7 +227,7 @@ async fn bad_encodings_are_the_clients_fault_and_leave_the_file_alone() {
     let fixture = Fixture::new();
     let path = fixture.write("f", "old");
     for (encoding, body) in
-        [("gzip", b"not gzip at all".to_vec()), ("br", vec![1]), ("gzip, gzip", gzip(b"x"))]
+        [("gzip", b"not gzip at all".to_vec()), ("gzip", vec![]), ("br", vec![1]), ("gzip, gzip", gzip(b"x"))]
     {
         let answer = post(&fixture, &[("path", "f")], &[OCTETS, ("content-encoding", encoding)], body).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{encoding}");
@@ -322,6 +400,19 @@ async fn a_body_that_breaks_off_is_an_error_and_not_a_short_file() {
 }
 
 #[tokio::test]
+async fn a_gzip_body_that_breaks_off_is_not_called_bad_gzip() {
+    let fixture = Fixture::new();
+    let packed = gzip(&large());
+    for length in [0, 5, packed.len() / 2, packed.len()] {
+        let pieces = [Ok(Bytes::copy_from_slice(&packed[..length])), Err("reset by peer")];
+        let body = Body::from_stream(stream::iter(pieces));
+        let answer = post(&fixture, &[("path", "f")], &[OCTETS, GZIP], body).await;
+        assert_eq!((answer.status, answer.header("connection")), (StatusCode::BAD_REQUEST, "close"));
+        assert!(answer.text().contains("the request body broke off"), "{}", answer.text());
+    }
+}
+
+#[tokio::test]
 async fn a_refused_upload_is_read_to_its_end_so_that_the_answer_arrives() {
     let fixture = Fixture::new();
     let headers = [&[OCTETS][..], &[MULTIPART], &[OCTETS, GZIP], &[("content-type", "text/plain")]];
@@ -337,6 +428,44 @@ async fn a_refused_upload_is_read_to_its_end_so_that_the_answer_arrives() {
     }
 }
 
+#[tokio::test]
+async fn a_multipart_body_is_read_behind_its_last_boundary_so_that_the_connection_can_be_used_again() {
+    let fixture = Fixture::new();
+    let head = Bytes::from_static(
+        b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nx\r\n--XX--",
+    );
+    let packed = |bytes: &[u8]| Bytes::from(gzip(bytes));
+    let flipped = |bytes: &[u8]| {
+        let mut packed = gzip(bytes);
+        let checksum = packed.len() - 8;
+        packed[checksum] ^= 1;
+        Bytes::from(packed)
+    };
+    let most = Bytes::from(vec![b'.'; 4 << 20]);
+    let cases: [(&[Pair], Vec<Bytes>, u16); 6] = [
+        (&[MULTIPART], vec![head.clone(), Bytes::from_static(b"\r\n")], 200),
+        (&[MULTIPART], vec![head.clone(), Bytes::from_static(b"\r\na trailer"), most.slice(100..)], 200),
+        (&[MULTIPART], [vec![head.clone()], vec![most; 4]].concat(), 400),
+        (&[MULTIPART, GZIP], vec![packed(&head), packed(b"\r\n")], 200),
+        (&[MULTIPART, GZIP], vec![flipped(&head)], 400),
+        (&[MULTIPART, GZIP], vec![packed(&head), Bytes::from_static(b"garbage")], 400),
+    ];
+    for (headers, pieces, status) in cases {
+        let (sender, ended) = std::sync::mpsc::channel();
+        let end = stream::once(async move {
+            // The end of the body comes late, as it does over a network.
+            tokio::task::yield_now().await;
+            sender.send(()).unwrap();
+            Ok(Bytes::new())
+        });
+        let pieces = stream::iter(pieces.into_iter().map(Ok::<_, std::io::Error>));
+        let body = Body::from_stream(Box::pin(futures_util::StreamExt::chain(pieces, end)));
+        let answer = post(&fixture, &[], headers, body).await;
+        assert_eq!(answer.status.as_u16(), status, "{}", answer.text());
+        assert_eq!((ended.iter().count(), answer.header("connection")), (1, ""));
+    }
+}
+
 /// A body that sends this much and then keeps the connection open.
 fn stalling(start: &'static [u8]) -> Body {
     let start = stream::iter([Ok::<_, std::io::Error>(Bytes::from_static(start))]);
@@ -347,8 +476,13 @@ fn stalling(start: &'static [u8]) -> Body {
 async fn a_client_that_sends_nothing_for_a_minute_loses_its_upload() {
     let fixture = Fixture::new();
     let part = b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nhalf";
-    let cases: [(Pairs, Pair, &'static [u8]); 3] =
-        [(&[("path", "o")], OCTETS, b"half"), (&[("path", "o")], OCTETS, b""), (&[], MULTIPART, part)];
+    let whole = b"--XX\r\nContent-Disposition: form-data; name=\"file\"; filename=\"m\"\r\n\r\nx\r\n--XX--";
+    let cases: [(Pairs, Pair, &'static [u8]); 4] = [
+        (&[("path", "o")], OCTETS, b"half"),
+        (&[("path", "o")], OCTETS, b""),
+        (&[], MULTIPART, part),
+        (&[], MULTIPART, whole),
+    ];
     for (pairs, kind, start) in cases {
         for atomic in [&[kind][..], &[kind, ("guestd-replace", "atomic")]] {
             let mut request = Request::post(query(pairs));
@@ -360,6 +494,7 @@ async fn a_client_that_sends_nothing_for_a_minute_loses_its_upload() {
             let answer =
                 tower::ServiceExt::oneshot(router, request.body(stalling(start)).unwrap()).await.unwrap();
             assert_eq!(answer.status(), StatusCode::REQUEST_TIMEOUT);
+            assert_eq!(answer.headers()["connection"], "close");
             let waited = began.elapsed().as_secs();
             assert!((60..62).contains(&waited), "{waited}");
         }
