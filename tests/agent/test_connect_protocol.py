@@ -26,6 +26,7 @@ from harness.connect import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
+GHOST = {"Authorization": "Basic Z2hvc3Q6"}
 
 
 def test_a_unary_error_is_json_with_its_code_and_status(agent):
@@ -135,6 +136,42 @@ def test_a_streams_codec_may_be_written_in_upper_case(agent, kind):
     assert answer.status_code == 200
     assert answer.headers["content-type"] == kind.lower()
     assert list(frames([answer.content]))[-1] == (END, b"{}")
+
+
+@pytest.mark.parametrize("kind", [JSON_STREAM, PROTO_STREAM, "Application/Connect+JSON"])
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/Connect", "process.Process/StreamInput",
+                                    "filesystem.Filesystem/WatchDir"])
+def test_a_stream_of_nobody_is_told_so_in_its_end_frame(agent, method, kind):
+    answer = agent.post(f"/{method}", content=envelope(b""), headers={"Content-Type": kind, **GHOST})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, kind.lower())
+    [(flags, payload)] = frames([answer.content])
+    assert flags == END
+    assert json.loads(payload) == {"error": {"code": "unauthenticated", "message": "invalid username: 'ghost'"}}
+
+
+@pytest.mark.parametrize("kind", ["application/grpc", "application/grpc+json", "application/grpc-web+proto"])
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])
+def test_a_grpc_call_of_nobody_ends_in_a_status_of_its_own(guestd, method, kind):
+    with guestd.client(http1=False, http2=True) as client:
+        answer = client.post(f"/{method}", content=envelope(b""), headers={"Content-Type": kind, **GHOST})
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"].startswith(kind)
+    assert (answer.headers["grpc-status"], answer.headers["grpc-message"]) == ("16", "invalid username: 'ghost'")
+
+
+def test_a_unary_call_of_nobody_is_401_and_its_connection_goes_on(guestd):
+    with guestd.client(limits=httpx.Limits(max_connections=1)) as client:
+        for _ in range(20):
+            answer = call(client, "filesystem.Filesystem/Stat", {"path": "/", "padding": "x" * 20_000}, headers=GHOST)
+            assert answer.status_code == 401
+            assert answer.json() == {"code": "unauthenticated", "message": "invalid username: 'ghost'"}
+
+
+def test_a_stream_without_the_token_stays_a_401_whoever_it_names(agent):
+    assert agent.post("/init", json={"accessToken": "secret"}).status_code == 204
+    answer = agent.post("/process.Process/Start", content=envelope(b""), headers={"Content-Type": JSON_STREAM, **GHOST})
+    assert answer.status_code == 401
+    assert "access token" in answer.json()["message"]
 
 
 @pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])
