@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use connectrpc::{ConnectError, ErrorCode};
@@ -19,10 +19,22 @@ use crate::services::refusal;
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    match check(&access, &request) {
+    let checked = match check(&access, &request) {
+        Ok(()) if credential_of(&request) == Credential::Control => {
+            let given = request.headers().get(CONTROL_HEADER).cloned();
+            let peer = request.extensions().get::<Peer>().copied();
+            access.admit_host(given.as_ref().map(HeaderValue::as_bytes), peer).await
+        }
+        checked => checked,
+    };
+    match checked {
         Ok(()) => next.run(request).await,
         Err(refusal) => refuse(request, refusal).await,
     }
+}
+
+fn credential_of(request: &Request) -> Credential {
+    routes::find(request.uri().path()).map_or(Credential::AccessToken, |route| route.credential)
 }
 
 /// Answers with the refusal after what the client is still sending.
@@ -30,18 +42,16 @@ pub async fn refuse(request: Request, refusal: Refusal) -> Response {
     refusal::after_body(request, unauthorized(&refusal.to_string())).await
 }
 
+/// All but who makes a control call, which takes a look at the machine.
 fn check(access: &Access, request: &Request) -> Result<(), Refusal> {
     let (path, method) = (request.uri().path(), request.method());
-    let credential = routes::find(path).map_or(Credential::AccessToken, |route| route.credential);
     if access.is_sealed() && !matches!((path, method), ("/health", &Method::GET) | ("/init", &Method::POST)) {
         return Err(Refusal::Sealed);
     }
     let headers = request.headers();
     let peer = request.extensions().get::<Peer>().copied();
-    match credential {
-        Credential::None | Credential::Init => Ok(()),
-        Credential::Control if access.is_host(bytes_of(headers, CONTROL_HEADER)) => Ok(()),
-        Credential::Control => Err(Refusal::Control),
+    match credential_of(request) {
+        Credential::None | Credential::Init | Credential::Control => Ok(()),
         // Only reading and writing a file can be signed for (contract: envd.md section 5).
         Credential::AccessTokenOrSignature if matches!(*method, Method::GET | Method::POST) => {
             may_touch_file(access, method, request.uri(), headers, peer)
@@ -150,6 +160,8 @@ fn no_user(request: &Request, error: &IdentityError) -> Response {
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt;
+
     use super::*;
     use crate::access::{Claim, Standing, Voucher};
 
@@ -223,8 +235,20 @@ mod tests {
         ] {
             assert_eq!(ask(&access, path, method), Err(Refusal::AccessToken), "{path}");
         }
-        for route in routes::ROUTES.iter().filter(|route| route.credential == Credential::Control) {
-            assert_eq!(ask(&access, route.path, Method::POST), Err(Refusal::Control), "{}", route.path);
+    }
+
+    #[tokio::test]
+    async fn the_access_token_opens_no_control_path() {
+        let access = Arc::new(signed_access());
+        let layer = axum::middleware::from_fn_with_state(Arc::clone(&access), authorize);
+        let router = axum::Router::new().fallback(async || "served").layer(layer);
+        let paths = routes::ROUTES.iter().filter(|route| route.credential == Credential::Control);
+        for path in paths.map(|route| route.path).chain(["/metrics"]) {
+            let request = Request::post(path).extension(Peer::Unix).header(ACCESS_TOKEN_HEADER, "secret");
+            let answer =
+                router.clone().oneshot(request.body(axum::body::Body::empty()).unwrap()).await.unwrap();
+            let expected = if path == "/metrics" { StatusCode::OK } else { StatusCode::UNAUTHORIZED };
+            assert_eq!(answer.status(), expected, "{path}");
         }
     }
 
