@@ -1,7 +1,5 @@
 //! Which user owns the other end of a TCP connection inside this machine. TCP has no SO_PEERCRED; the kernel's socket table has the user.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The state of a connection that both ends have open (TCP_ESTABLISHED in the kernel's tcp_states.h).
@@ -22,16 +20,24 @@ enum Row {
 /// The user of the socket that is bound to `peer` and connected to `local`; `None` when no process of this machine holds such a socket.
 pub(super) async fn of(peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     let read = move || {
-        ["/proc/net/tcp", "/proc/net/tcp6"].into_iter().find_map(|table| {
-            let lines = BufReader::new(File::open(table).ok()?).lines();
-            lines.map_while(Result::ok).find_map(|line| row_of(&line, peer, local))
-        })
+        let tables = ["/proc/net/tcp", "/proc/net/tcp6"].into_iter();
+        tables.filter_map(|table| std::fs::read(table).ok()).find_map(|table| find(&table, peer, local))
     };
     let lookup = move || (0..READS).find_map(|_| read());
     match tokio::task::spawn_blocking(lookup).await {
         Ok(Some(Row::User(uid))) => Some(uid),
         _ => None,
     }
+}
+
+/// The line of a table that is about the connection. Tables can have tens of thousands: only those with the client's port are taken apart.
+fn find(table: &[u8], peer: SocketAddr, local: SocketAddr) -> Option<Row> {
+    let port = format!(":{:04X} ", peer.port());
+    memchr::memmem::find_iter(table, port.as_bytes()).find_map(|at| {
+        let start = memchr::memrchr(b'\n', &table[..at]).map_or(0, |end| end + 1);
+        let line = table[start..].split(|byte| *byte == b'\n').next()?;
+        row_of(std::str::from_utf8(line).ok()?, peer, local)
+    })
 }
 
 /// What a line of the table (proc_net_tcp(5)) says, if it is about that connection as its client sees it.
@@ -88,6 +94,17 @@ mod tests {
         assert_eq!(row_of(ROW, client, server), Some(Row::User(1000)));
         assert_eq!(row_of(ROW, server, client), None);
         assert_eq!(row_of("  sl  local_address rem_address   st", client, server), None);
+    }
+
+    #[test]
+    fn a_row_is_found_among_others_of_the_same_port() {
+        let (client, server) = ("127.0.0.1:41394".parse().unwrap(), "127.0.0.1:49983".parse().unwrap());
+        let (other, head) =
+            (ROW.replace("0100007F:A1B2", "0200007F:A1B2"), "  sl  local_address rem_address");
+        let table = [head, &other, ROW, &other, ""].join("\n");
+        assert_eq!(find(table.as_bytes(), client, server), Some(Row::User(1000)));
+        assert_eq!(find(ROW.as_bytes(), client, server), Some(Row::User(1000)));
+        assert_eq!(find([head, &other].join("\n").as_bytes(), client, server), None);
     }
 
     #[test]
