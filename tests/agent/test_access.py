@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -190,13 +191,22 @@ def test_insecure_open_lifts_it_and_says_so_once(listening):
         assert call(far, "process.Process/List").status_code == 401, "a token closes it again"
 
 
-INIT_AS = """
+CALL_AS = """
 import encodings.idna, http.client, os, sys
-os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
-connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=10)
-connection.request("POST", "/init", body=b'{"accessToken":"mine"}', headers={"X-Guestd-Control": "mine"})
+uid, host, port, path, body, control = sys.argv[1:]
+os.setgroups([]); os.setgid(int(uid)); os.setuid(int(uid))
+connection = http.client.HTTPConnection(host, int(port), timeout=10)
+headers = {"Content-Type": "application/json", **({"X-Guestd-Control": control} if control else {})}
+connection.request("POST", path, body=body.encode(), headers=headers)
 print(connection.getresponse().status)
 """
+SOMEBODY = 65534
+
+
+def call_as(uid: int, agent: Guestd, path: str, body: str = "{}", control: str = "", host: str = "127.0.0.1") -> int:
+    """The status of a call by a process of a user's."""
+    command = [sys.executable, "-c", CALL_AS, str(uid), host, str(agent.port), path, body, control]
+    return int(subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout)
 
 
 @pytest.fixture
@@ -211,15 +221,65 @@ def owned(tmp_path):
 def test_an_ordinary_user_cannot_initialise_the_agents_own_machine(owned):
     """Its code runs beside the agent, and whoever comes first sets the credentials."""
     owned.start()
-
-    def init_as(uid: int) -> str:
-        command = [sys.executable, "-c", INIT_AS, str(owned.port), str(uid)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-
-    assert init_as(65534) == "401"
+    claim = {"path": "/init", "body": '{"accessToken": "mine"}', "control": "mine"}
+    assert call_as(SOMEBODY, owned, **claim) == 401
     with owned.client() as client:
         assert client.post("/freeze", headers={"X-Guestd-Control": "mine"}).status_code == 401
-    assert init_as(0) == "204"
+    assert call_as(0, owned, **claim) == 204
+
+
+@pytest.mark.parametrize("control", ["", "mine"])
+@pytest.mark.parametrize("body", ["{}", '{"accessToken": "mine"}', '{"defaultUser": "root"}'])
+def test_an_ordinary_user_cannot_initialise_an_ordinary_service_either(guestd, agent, body, control):
+    """Whoever is first is the host for good, and the host itself would be refused."""
+    assert call_as(SOMEBODY, guestd, "/init", body, control) == 401
+    assert agent.post("/collapse", headers={"X-Guestd-Control": "mine"}).status_code == 401
+    host = {"X-Guestd-Control": "host"}
+    assert agent.post("/init", json={"accessToken": "secret"}, headers=host).status_code == 204
+    assert agent.post("/collapse", headers=host).status_code == 200
+
+
+def test_the_control_credential_is_worth_nothing_in_an_ordinary_users_hands(guestd, agent):
+    assert agent.post("/init", json={}, headers={"X-Guestd-Control": "host"}).status_code == 204
+    for path in ("/collapse", "/init", "/activity.v1.Activity/Get"):
+        assert call_as(SOMEBODY, guestd, path, control="host") == 401, path
+        assert call_as(0, guestd, path, control="host") in (200, 204), path
+    assert call_as(SOMEBODY, guestd, "/process.Process/List") == 200, "what needs no credential is served"
+
+
+@pytest.mark.parametrize("host", ["own address", "127.0.0.1"])
+def test_an_open_network_does_not_make_an_ordinary_user_the_host(listening, host):
+    agent = listening("--insecure-open")
+    host = own_address() if host == "own address" else host
+    assert call_as(SOMEBODY, agent, "/init", control="mine", host=host) == 401
+    assert call_as(0, agent, "/init", control="host", host=host) == 204
+    assert call_as(SOMEBODY, agent, "/collapse", control="host", host=host) == 401
+
+
+def test_an_agent_of_an_ordinary_user_is_that_users_and_roots():
+    agent = Guestd(wrapper=["setpriv", f"--reuid={SOMEBODY}", f"--regid={SOMEBODY}", "--clear-groups"])
+    try:
+        agent.start()
+        assert call_as(SOMEBODY - 1, agent, "/init", control="mine") == 401
+        assert call_as(SOMEBODY, agent, "/init", control="host") == 204
+        assert call_as(0, agent, "/collapse", control="host") == 200
+    finally:
+        agent.close()
+
+
+def test_root_is_told_apart_in_each_of_many_quick_calls(guestd, agent):
+    """Connections come and go while the kernel's table of them is read."""
+    headers = {"X-Guestd-Control": "host", "Connection": "close"}
+
+    def on_a_connection_of_its_own(path: str) -> int:
+        with guestd.client() as client:
+            return client.post(path, json={}, headers=headers).status_code
+
+    assert on_a_connection_of_its_own("/init") == 204
+    with ThreadPoolExecutor(16) as pool:
+        paths = ["/init", "/activity.v1.Activity/Get"] * 100
+        statuses = list(pool.map(on_a_connection_of_its_own, paths))
+    assert statuses == [204, 200] * 100
 
 
 def test_the_socket_of_the_link_lets_only_its_owner_in(tmp_path):

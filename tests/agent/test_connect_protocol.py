@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 import socket
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,6 +24,9 @@ from harness.connect import (
     proto_fields,
     start,
 )
+
+REPOSITORY = Path(__file__).parents[2]
+GHOST = {"Authorization": "Basic Z2hvc3Q6"}
 
 
 def test_a_unary_error_is_json_with_its_code_and_status(agent):
@@ -74,6 +79,99 @@ def test_another_content_type_is_415_and_names_what_is_accepted(agent, method):
     answer = agent.post(f"/{method}", content=b"{}", headers={"Content-Type": "text/plain"})
     assert answer.status_code == 415
     assert "application/" in answer.headers["accept-post"]
+
+
+def methods() -> dict[str, bool]:
+    """Each method of the services that SDKs call, and whether it has a stream."""
+    found = {}
+    for file in ("process", "filesystem"):
+        proto = (REPOSITORY / f"src/protocol/proto/{file}.proto").read_text()
+        [service] = re.findall(r"^service (\w+) {$", proto, re.M)
+        for name, signature in re.findall(r"^  rpc (\w+)(.*)$", proto, re.M):
+            found[f"{file}.{service}/{name}"] = "stream " in signature
+    assert len(found) == 17 and sum(found.values()) == 4, found
+    return found
+
+
+@pytest.mark.parametrize("method, streams", methods().items())
+def test_a_codec_of_the_other_kind_of_method_is_415_and_what_is_named_instead_is_taken(agent, method, streams):
+    unary, stream = ["application/json", "application/proto"], [JSON_STREAM, PROTO_STREAM]
+    right, wrong = (stream, unary) if streams else (unary, stream)
+    for kind in (*wrong, wrong[0].title(), f"{wrong[0]}; charset=utf-8"):
+        answer = agent.post(f"/{method}", content=b"{}", headers={"Content-Type": kind})
+        assert (answer.status_code, answer.content) == (415, b""), kind
+        accepted = answer.headers["accept-post"].split(", ")
+        assert set(right) < set(accepted) and not set(wrong) & set(accepted)
+        assert "application/grpc" in accepted
+    for kind in right:
+        assert agent.post(f"/{method}", content=b"", headers={"Content-Type": kind}).status_code != 415
+
+
+def test_a_refused_type_does_not_break_the_next_call_on_its_connection(guestd):
+    body = b"x" * 40_000
+    with guestd.client(limits=httpx.Limits(max_connections=1)) as client:
+        ports = set()
+        for _ in range(20):
+            answer = client.post("/process.Process/Start", content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 415
+            ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+        assert len(ports) == 1, "one connection carried all of them"
+        too_long = client.post("/process.Process/List", content=body * 5, headers={"Content-Type": JSON_STREAM})
+        assert (too_long.status_code, too_long.headers["connection"]) == (415, "close")
+
+
+@pytest.mark.parametrize("kind", ["Application/JSON", "APPLICATION/json; charset=utf-8", "application/PROTO"])
+def test_a_unary_codec_may_be_written_in_upper_case(agent, kind):
+    content = proto_field(1, "/etc") if "proto" in kind.lower() else b'{"path": "/etc"}'
+    answer = agent.post("/filesystem.Filesystem/Stat", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == kind.lower().split(";")[0]
+
+
+@pytest.mark.parametrize("kind", ["Application/Connect+JSON", "application/connect+Proto"])
+def test_a_streams_codec_may_be_written_in_upper_case(agent, kind):
+    argv = proto_field(1, "/bin/true")
+    message = proto_field(1, argv) if "Proto" in kind else {"process": process("/bin/true")}
+    answer = agent.post("/process.Process/Start", content=envelope(message), headers={"Content-Type": kind})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == kind.lower()
+    assert list(frames([answer.content]))[-1] == (END, b"{}")
+
+
+@pytest.mark.parametrize("kind", [JSON_STREAM, PROTO_STREAM, "Application/Connect+JSON"])
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/Connect", "process.Process/StreamInput",
+                                    "filesystem.Filesystem/WatchDir"])
+def test_a_stream_of_nobody_is_told_so_in_its_end_frame(agent, method, kind):
+    answer = agent.post(f"/{method}", content=envelope(b""), headers={"Content-Type": kind, **GHOST})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, kind.lower())
+    [(flags, payload)] = frames([answer.content])
+    assert flags == END
+    assert json.loads(payload) == {"error": {"code": "unauthenticated", "message": "invalid username: 'ghost'"}}
+
+
+@pytest.mark.parametrize("kind", ["application/grpc", "application/grpc+json", "application/grpc-web+proto"])
+@pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])
+def test_a_grpc_call_of_nobody_ends_in_a_status_of_its_own(guestd, method, kind):
+    with guestd.client(http1=False, http2=True) as client:
+        answer = client.post(f"/{method}", content=envelope(b""), headers={"Content-Type": kind, **GHOST})
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"].startswith(kind)
+    assert (answer.headers["grpc-status"], answer.headers["grpc-message"]) == ("16", "invalid username: 'ghost'")
+
+
+def test_a_unary_call_of_nobody_is_401_and_its_connection_goes_on(guestd):
+    with guestd.client(limits=httpx.Limits(max_connections=1)) as client:
+        for _ in range(20):
+            answer = call(client, "filesystem.Filesystem/Stat", {"path": "/", "padding": "x" * 20_000}, headers=GHOST)
+            assert answer.status_code == 401
+            assert answer.json() == {"code": "unauthenticated", "message": "invalid username: 'ghost'"}
+
+
+def test_a_stream_without_the_token_stays_a_401_whoever_it_names(agent):
+    assert agent.post("/init", json={"accessToken": "secret"}).status_code == 204
+    answer = agent.post("/process.Process/Start", content=envelope(b""), headers={"Content-Type": JSON_STREAM, **GHOST})
+    assert answer.status_code == 401
+    assert "access token" in answer.json()["message"]
 
 
 @pytest.mark.parametrize("method", ["process.Process/Start", "process.Process/List"])

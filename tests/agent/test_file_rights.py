@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from harness.connect import call
 from harness.folders import USER, folder
+from harness.guestd import Guestd
 
 NOBODY = (pwd.getpwnam(USER).pw_uid, pwd.getpwnam(USER).pw_gid)
 AS_USER = {"Authorization": "Basic " + base64.b64encode(f"{USER}:".encode()).decode()}
@@ -301,3 +303,70 @@ def test_swapping_a_folder_and_a_link_under_roots_removal_reaches_nothing(agent,
             fs(agent, "Remove", headers={}, path=f"{home}/link")
             (home / "link").symlink_to(precious)
         assert snapshot(precious) == before
+
+
+# --- moves between file systems ---
+
+
+@pytest.fixture
+def elsewhere():
+    """An agent with mounts of its own: `ro` is read-only and holds `f`, `rw` belongs to the user. A client of it, and a look at its files."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("moves between file systems were not tested: there are no mount namespaces here")
+    with folder(USER) as home:
+        script = (
+            f"mkdir {home}/ro {home}/rw && mount -t tmpfs none {home}/ro && mount -t tmpfs none {home}/rw"
+            f" && echo new >{home}/ro/f && mount -o remount,ro {home}/ro && chown {USER} {home}/rw && exec \"$@\""
+        )
+        agent = Guestd(wrapper=["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"])
+        try:
+            agent.start()
+            with agent.client() as client:
+                yield client, home, Path(f"/proc/{agent.process.pid}/root{home}")
+        finally:
+            agent.close()
+
+
+def tree(top: Path) -> dict:
+    return {path.relative_to(top): path.read_text() if path.is_file() else None for path in top.rglob("*")}
+
+
+@pytest.mark.parametrize("headers", [AS_USER, {}], ids=[USER, "root"])
+@pytest.mark.parametrize("destination", ["victim", "new/deep/file"])
+def test_a_move_from_a_read_only_file_system_changes_nothing(elsewhere, headers, destination):
+    client, home, seen = elsewhere
+    (seen / "victim").write_text("old")
+    before = tree(seen)
+    moved = fs(client, "Move", headers=headers, source=f"{home}/ro/f", destination=f"{home}/{destination}")
+    assert (moved.status_code, moved.json()["code"]) == (400, "failed_precondition"), moved.text
+    assert "Read-only file system" in moved.json()["message"]
+    assert tree(seen) == before
+
+
+def test_a_move_of_a_tree_of_which_a_part_has_to_stay_changes_nothing(elsewhere):
+    client, home, seen = elsewhere
+    for name in "abc":
+        (seen / f"rw/tree/{name}/inner").mkdir(parents=True)
+        (seen / f"rw/tree/{name}/inner/file").write_text(name)
+    for path in (seen / "rw/tree", *(seen / "rw/tree").rglob("*")):
+        if "b" not in path.parts:
+            os.chown(path, *NOBODY)
+    before = tree(seen)
+    moved = fs(client, "Move", source=f"{home}/rw/tree", destination=f"{home}/moved")
+    assert moved.status_code == 403, moved.text
+    assert tree(seen) == before
+    moved = fs(client, "Move", headers={}, source=f"{home}/rw/tree", destination=f"{home}/moved")
+    assert moved.status_code == 200, moved.text
+    assert (seen / "moved/b/inner/file").read_text() == "b" and not (seen / "rw/tree").exists()
+
+
+def test_what_something_is_mounted_in_is_not_moved(elsewhere):
+    """The mount point could not go, and what is mounted there is no part of the tree."""
+    client, home, seen = elsewhere
+    (seen / "rw/file").write_text("mounted")
+    before = tree(seen)
+    for source in ("rw", ""):
+        moved = fs(client, "Move", headers={}, source=f"{home}/{source}", destination=f"/dev/shm/{home.name}")
+        assert (moved.status_code, moved.json()["code"]) == (400, "failed_precondition"), moved.text
+        assert tree(seen) == before
+        assert not Path("/dev/shm", home.name).exists()

@@ -31,7 +31,8 @@ const cases = {
   'environment': async () => (await box.commands.run('echo "$A|$B"', { envs: { A: 'one', B: 'two words' } })).stdout,
   'folder': async () => (await box.commands.run('pwd', { cwd: BOX })).stdout,
   'bad-folder': () => name(() => box.commands.run('true', { cwd: '/no/such/folder' })),
-  'unknown-user': () => name(() => box.commands.run('true', { user: 'ghost' })),
+  'unknown-user': () => attempt(() => box.commands.run('true', { user: 'ghost' })),
+  'unknown-users-list': () => attempt(() => box.files.list('/', { user: 'ghost' })),
   'other-user': async () => (await box.commands.run('id -un', { user: 'root', cwd: '/' })).stdout,
   'timeout': () => name(() => box.commands.run('sleep 60', { timeoutMs: 700 })),
   'streamed-output': async () => {

@@ -44,7 +44,16 @@ CASES = [
     ("environment", "one|two words\n", ["2.3/request"]),
     ("folder", "BOX\n", ["2.4/absolute"]),
     ("bad-folder", "InvalidArgumentError", ["1.8/invalid_argument", "1.10/cwd-missing"]),
-    ("unknown-user", "AuthenticationError", ["1.8/unauthenticated", "1.10/basic-unknown"]),
+    (
+        "unknown-user",
+        {"name": "AuthenticationError", "message": "[unauthenticated] invalid username: 'ghost'"},
+        ["1.8/unauthenticated", "1.10/basic-unknown"],
+    ),
+    (
+        "unknown-users-list",
+        {"name": "AuthenticationError", "message": "[unauthenticated] invalid username: 'ghost'"},
+        ["1.8/unauthenticated", "1.10/basic-unknown"],
+    ),
     ("other-user", "root\n", ["2.1/basic"]),
     ("timeout", "TimeoutError", ["1.8/deadline_exceeded", "2.10/start"]),
     ("streamed-output", {"texts": ["a\n", "b\n"], "apart": True}, ["1.6/flush"]),

@@ -1,40 +1,40 @@
 //! Asks each call for the credential that the routes table names, and finds the user that it names.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use connectrpc::ErrorCode;
+use connectrpc::{ConnectError, ErrorCode};
 use guestd_protocol::errors::ErrorBody;
 use guestd_protocol::files_query::FilesQuery;
 use guestd_protocol::routes::{self, Credential};
 use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
-use http_body_util::{BodyExt, Limited};
-use tokio::time::timeout;
 
 use super::{Access, Peer, Refusal};
 use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_user_name};
-
-/// How much of a refused request's body is read, in bytes, and for how long.
-const DRAIN_LIMIT: usize = 64 * 1024;
-const DRAIN_TIME: Duration = Duration::from_secs(1);
-
-/// The flag of a stream's last message (contract: envd.md section 1.6).
-const END_OF_STREAM: u8 = 2;
+use crate::services::refusal;
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    let checked = check(&access, &request);
+    let checked = match check(&access, &request) {
+        Ok(()) if credential_of(&request) == Credential::Control => {
+            let given = request.headers().get(CONTROL_HEADER).cloned();
+            let peer = request.extensions().get::<Peer>().copied();
+            access.admit_host(given.as_ref().map(HeaderValue::as_bytes), peer).await
+        }
+        checked => checked,
+    };
     // What means nothing is told before who may, as in envd; a sealed agent tells nobody anything.
     if checked != Err(Refusal::Sealed)
         && is_file_access(&request)
         && let Err(error) = FilesQuery::parse(request.uri().query().unwrap_or_default())
     {
-        return without_body(request, (StatusCode::BAD_REQUEST, error.to_string()).into_response()).await;
+        return refusal::after_body(request, (StatusCode::BAD_REQUEST, error.to_string()).into_response())
+            .await;
     }
     match checked {
         Ok(()) => next.run(request).await,
@@ -42,35 +42,25 @@ pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next
     }
 }
 
-/// Answers with the refusal after what the client is still sending, so that the connection can be used again: its other calls may be on
-/// their way already. What is too long or too slow for that ends the connection, and the client is told.
+fn credential_of(request: &Request) -> Credential {
+    routes::find(request.uri().path()).map_or(Credential::AccessToken, |route| route.credential)
+}
+
+/// Answers with the refusal after what the client is still sending.
 pub async fn refuse(request: Request, refusal: Refusal) -> Response {
-    without_body(request, unauthorized(&refusal.to_string())).await
+    refusal::after_body(request, unauthorized(&refusal.to_string())).await
 }
 
-async fn without_body(request: Request, mut response: Response) -> Response {
-    let version = request.version();
-    let rest = Limited::new(request.into_body(), DRAIN_LIMIT).collect();
-    let drained = matches!(timeout(DRAIN_TIME, rest).await, Ok(Ok(_)));
-    // HTTP/2 ends the one stream, and has no such header (RFC 9113 section 8.2.2).
-    if !drained && version < Version::HTTP_2 {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
-}
-
+/// All but who makes a control call, which takes a look at the machine.
 fn check(access: &Access, request: &Request) -> Result<(), Refusal> {
     let (path, method) = (request.uri().path(), request.method());
-    let credential = routes::find(path).map_or(Credential::AccessToken, |route| route.credential);
     if access.is_sealed() && !matches!((path, method), ("/health", &Method::GET) | ("/init", &Method::POST)) {
         return Err(Refusal::Sealed);
     }
     let headers = request.headers();
     let peer = request.extensions().get::<Peer>().copied();
-    match credential {
-        Credential::None | Credential::Init => Ok(()),
-        Credential::Control if access.is_host(bytes_of(headers, CONTROL_HEADER)) => Ok(()),
-        Credential::Control => Err(Refusal::Control),
+    match credential_of(request) {
+        Credential::None | Credential::Init | Credential::Control => Ok(()),
         Credential::AccessTokenOrSignature if is_file_access(request) => {
             may_touch_file(access, method, request.uri(), headers, peer)
         }
@@ -98,7 +88,10 @@ pub async fn identify(State(accounts): State<Arc<Accounts>>, mut request: Reques
         None => None,
         Some(name) => match basic_user(&name, &accounts) {
             Ok(user) => Some(user),
-            Err(error) => return no_user(&request, &error),
+            Err(error) => {
+                let answer = no_user(&request, &error);
+                return refusal::after_body(request, answer).await;
+            }
         },
     };
     request.extensions_mut().insert(RequestUser(user));
@@ -148,37 +141,31 @@ pub fn unauthorized(message: &str) -> Response {
     (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
 }
 
-/// Nobody to act for. A wrong name has the Connect form on every route, which the SDKs' clients read; accounts that cannot be read are the
-/// machine's trouble and not the caller's, and each route says so in its own form.
+/// Nobody to act for. A call of a service is told so in its own form. On the other routes a wrong name has the Connect form, which the
+/// SDKs' clients read; accounts that cannot be read are the machine's trouble and not the caller's.
 fn no_user(request: &Request, error: &IdentityError) -> Response {
     let (code, text) = (error.code(), error.to_string());
-    let body = serde_json::json!({ "code": code.as_str(), "message": text });
-    if code == ErrorCode::Unauthenticated {
-        return (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response();
-    }
-    let status = if code == ErrorCode::ResourceExhausted { 503 } else { 500 };
     // A Connect path is /package.Service/Method.
-    if !request.uri().path().contains('.') {
-        let status = StatusCode::from_u16(status).unwrap_or_default();
-        return (status, axum::Json(ErrorBody { code: status.as_u16(), message: text })).into_response();
+    if request.uri().path().contains('.') {
+        return refusal::failed(request, &ConnectError::new(code, text));
     }
-    let kind = request.headers().get(header::CONTENT_TYPE);
-    match kind.filter(|kind| kind.as_bytes().starts_with(b"application/connect+")) {
-        // A stream ends in a message of its own, whatever the codec (contract: envd.md section 1.6).
-        Some(kind) => {
-            let end = serde_json::json!({ "error": body }).to_string();
-            let length = u32::try_from(end.len()).unwrap_or_default();
-            let mut frame = vec![END_OF_STREAM];
-            frame.extend(length.to_be_bytes());
-            frame.extend(end.into_bytes());
-            ([(header::CONTENT_TYPE, kind.clone())], frame).into_response()
+    match code {
+        ErrorCode::Unauthenticated => {
+            let body = serde_json::json!({ "code": code.as_str(), "message": text });
+            (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
         }
-        None => (code.http_status(), axum::Json(body)).into_response(),
+        _ => {
+            let status = if code == ErrorCode::ResourceExhausted { 503 } else { 500 };
+            let status = StatusCode::from_u16(status).unwrap_or_default();
+            (status, axum::Json(ErrorBody { code: status.as_u16(), message: text })).into_response()
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt;
+
     use super::*;
     use crate::access::{Claim, Standing, Voucher};
 
@@ -301,8 +288,20 @@ mod tests {
         ] {
             assert_eq!(ask(&access, path, method), Err(Refusal::AccessToken), "{path}");
         }
-        for route in routes::ROUTES.iter().filter(|route| route.credential == Credential::Control) {
-            assert_eq!(ask(&access, route.path, Method::POST), Err(Refusal::Control), "{}", route.path);
+    }
+
+    #[tokio::test]
+    async fn the_access_token_opens_no_control_path() {
+        let access = Arc::new(signed_access());
+        let layer = axum::middleware::from_fn_with_state(Arc::clone(&access), authorize);
+        let router = axum::Router::new().fallback(async || "served").layer(layer);
+        let paths = routes::ROUTES.iter().filter(|route| route.credential == Credential::Control);
+        for path in paths.map(|route| route.path).chain(["/metrics"]) {
+            let request = Request::post(path).extension(Peer::Unix).header(ACCESS_TOKEN_HEADER, "secret");
+            let answer =
+                router.clone().oneshot(request.body(axum::body::Body::empty()).unwrap()).await.unwrap();
+            let expected = if path == "/metrics" { StatusCode::OK } else { StatusCode::UNAUTHORIZED };
+            assert_eq!(answer.status(), expected, "{path}");
         }
     }
 

@@ -79,8 +79,10 @@ pub enum Refusal {
         "no access token is set: until /init sets one, only callers on this machine or on the host's link are served"
     )]
     NotNear,
-    #[error("/init is taken from the host's link, or from root on this machine")]
+    #[error("/init is taken from the host's link, or on this machine from root or the agent's own user")]
     InitPlace,
+    #[error("this call is the host's: it is not taken from an ordinary user of this machine")]
+    ControlPlace,
     #[error("envd not initialized")]
     Sealed,
 }
@@ -169,8 +171,38 @@ impl Access {
         self.read().access_token.clone()
     }
 
-    /// Whether `given` is the host's credential. Refused while none is set.
-    pub fn is_host(&self, given: Option<&[u8]>) -> bool {
+    /// Whether a call that shows `given` as the control credential is the host's: no ordinary user of this machine is, however it came
+    /// to know.
+    ///
+    /// # Errors
+    /// A [`Refusal`] for the 401 answer; always while no control credential is set.
+    pub async fn admit_host(&self, given: Option<&[u8]>, peer: Option<Peer>) -> Result<(), Refusal> {
+        if !self.is_control(given) {
+            return Err(Refusal::Control);
+        }
+        match self.standing(peer).await {
+            Standing::Ordinary => Err(Refusal::ControlPlace),
+            Standing::Trusted | Standing::Stranger => Ok(()),
+        }
+    }
+
+    /// What the caller of an `/init` is worth. Not looked for when the call is refused whoever makes it.
+    pub async fn standing_for_init(&self, control: Option<&str>, peer: Option<Peer>) -> Standing {
+        if self.has_host() && !self.is_control(control.map(str::as_bytes)) {
+            return Standing::Ordinary;
+        }
+        self.standing(peer).await
+    }
+
+    async fn standing(&self, peer: Option<Peer>) -> Standing {
+        match peer {
+            Some(peer) => peer.standing(self.rules.own_machine, self.rules.insecure_open).await,
+            None => Standing::Ordinary,
+        }
+    }
+
+    /// Whether `given` is the control credential. Nothing is while none is set.
+    fn is_control(&self, given: Option<&[u8]>) -> bool {
         match (&self.read().control, given) {
             (Some(control), Some(given)) => same(given, control.as_bytes()),
             _ => false,
@@ -192,9 +224,10 @@ impl Access {
 
     /// Decides on an `/init` and sets the credentials that it brings, in one step: two first calls cannot both win.
     ///
-    /// With a control credential set, only its holder may; the first call that carries one sets it. Without one envd's rule holds: the
+    /// An ordinary user of this machine never may: who is first decides whose the agent is. With a control credential set, only its holder
+    /// may; the first call that carries one, of somebody who is trusted or vouched for, sets it. Without one envd's rule holds: the
     /// body's token has to be the current one if there is one, or vouched for; and on a machine of the agent's own the caller must be the
-    /// host or root, so that no code of a user can be first.
+    /// host or root.
     ///
     /// # Errors
     /// A [`Refusal`] for the 401 answer; nothing was changed.
@@ -223,10 +256,18 @@ impl Access {
     fn may_initialise(&self, credentials: &Credentials, claim: Claim<'_>) -> Result<bool, Refusal> {
         if let Some(set) = &credentials.control {
             let is_host = claim.control.is_some_and(|given| same(given.as_bytes(), set.as_bytes()));
-            return if is_host { Ok(true) } else { Err(Refusal::Control) };
+            return match claim.standing {
+                _ if !is_host => Err(Refusal::Control),
+                Standing::Ordinary => Err(Refusal::ControlPlace),
+                Standing::Trusted | Standing::Stranger => Ok(true),
+            };
         }
-        let trusted = claim.standing == Standing::Trusted || claim.voucher == Voucher::Matches;
-        if self.rules.own_machine && !trusted {
+        let trusted = match claim.standing {
+            Standing::Ordinary => return Err(Refusal::InitPlace),
+            Standing::Trusted => true,
+            Standing::Stranger => claim.voucher == Voucher::Matches,
+        };
+        if !trusted && (self.rules.own_machine || claim.control.is_some()) {
             return Err(Refusal::InitPlace);
         }
         let wrong = if claim.access_token.is_some() { Refusal::InitToken } else { Refusal::InitReset };
@@ -266,8 +307,8 @@ mod tests {
     #[test]
     fn nobody_is_the_host_before_a_credential_is_set() {
         let access = Access::default();
-        assert!(!access.is_host(None));
-        assert!(!access.is_host(Some(b"")));
+        assert!(!access.is_control(None));
+        assert!(!access.is_control(Some(b"")));
     }
 
     #[test]
@@ -280,7 +321,7 @@ mod tests {
             Err(Refusal::Control),
             "a guest knows the access token"
         );
-        assert!(access.is_host(Some(b"host")));
+        assert!(access.is_control(Some(b"host")));
         access.initialise(claim(Some("host"), Some("renewed"))).unwrap();
         assert!(
             access.allows(Some(b"renewed"), None).is_ok() && access.allows(Some(b"token"), None).is_err()
@@ -294,7 +335,7 @@ mod tests {
         assert_eq!(access.initialise(claim(None, Some("other"))), Err(Refusal::InitToken));
         assert_eq!(access.initialise(claim(None, None)), Err(Refusal::InitReset));
         assert_eq!(access.initialise(claim(Some("host"), Some("other"))), Err(Refusal::InitToken));
-        assert!(!access.is_host(Some(b"host")), "a refused call sets nothing");
+        assert!(!access.is_control(Some(b"host")), "a refused call sets nothing");
         access.initialise(claim(None, Some("first"))).unwrap();
     }
 
@@ -306,7 +347,7 @@ mod tests {
         access.initialise(claim(None, Some("token"))).unwrap();
         let knows_the_token = Claim { standing: Standing::Stranger, ..claim(Some("taken"), Some("token")) };
         assert_eq!(access.initialise(knows_the_token), Err(Refusal::InitPlace));
-        assert!(!access.is_host(Some(b"taken")));
+        assert!(!access.is_control(Some(b"taken")));
     }
 
     #[test]
@@ -315,6 +356,46 @@ mod tests {
         access.initialise(claim(Some("host"), Some("token"))).unwrap();
         let far = Claim { standing: Standing::Stranger, ..claim(Some("host"), Some("next")) };
         access.initialise(far).unwrap();
+    }
+
+    #[test]
+    fn an_ordinary_user_of_this_machine_is_never_the_host_whatever_it_knows() {
+        for access in [own_machine(), Access::default()] {
+            let ordinary = |control, token| Claim { standing: Standing::Ordinary, ..claim(control, token) };
+            for (control, token) in [(None, None), (None, Some("mine")), (Some("mine"), None)] {
+                assert_eq!(access.initialise(ordinary(control, token)), Err(Refusal::InitPlace));
+            }
+            let vouched = Claim { voucher: Voucher::Matches, ..ordinary(Some("mine"), Some("token")) };
+            assert_eq!(access.initialise(vouched), Err(Refusal::InitPlace));
+            access.initialise(claim(None, Some("token"))).unwrap();
+            assert_eq!(access.initialise(ordinary(Some("mine"), Some("token"))), Err(Refusal::InitPlace));
+            access.initialise(claim(Some("host"), Some("token"))).unwrap();
+            assert_eq!(access.initialise(ordinary(Some("host"), Some("token"))), Err(Refusal::ControlPlace));
+            assert_eq!(access.initialise(ordinary(Some("guess"), Some("token"))), Err(Refusal::Control));
+        }
+    }
+
+    #[test]
+    fn who_knows_the_token_alone_does_not_become_the_host() {
+        let access = Access::default();
+        access.initialise(claim(None, Some("token"))).unwrap();
+        let far = |control| Claim { standing: Standing::Stranger, ..claim(control, Some("token")) };
+        assert_eq!(access.initialise(far(Some("mine"))), Err(Refusal::InitPlace));
+        access.initialise(far(None)).unwrap();
+        access.initialise(claim(Some("host"), Some("token"))).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_control_call_needs_the_credential_and_a_caller_who_may_have_it() {
+        let access = Access::default();
+        let guest = Some(Peer::Vsock { cid: 1 });
+        assert_eq!(access.admit_host(Some(b"host"), NEAR).await, Err(Refusal::Control));
+        access.initialise(claim(Some("host"), None)).unwrap();
+        assert_eq!(access.admit_host(Some(b"host"), NEAR).await, Ok(()));
+        assert_eq!(access.admit_host(Some(b"guess"), NEAR).await, Err(Refusal::Control));
+        for nobody in [guest, None] {
+            assert_eq!(access.admit_host(Some(b"host"), nobody).await, Err(Refusal::ControlPlace));
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Who is at the other end of a connection, as far as the kernel knows it, and what that is worth.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use nix::unistd::geteuid;
 
 use super::owner;
 
@@ -24,12 +26,15 @@ pub enum Peer {
     Serial,
 }
 
-/// How much a caller may do that shows no credential, because none was set yet.
+/// What it is worth to be where a caller is, whatever it knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// The host, or whoever owns this machine.
+    /// The host, or whoever owns this machine: may set up an agent that nobody has set up yet.
     Trusted,
+    /// Somebody on the network, who is worth the credential that is shown.
     Stranger,
+    /// A process of this machine that is neither root's nor the agent's own user's, or that cannot be told from one: control is never its.
+    Ordinary,
 }
 
 impl Peer {
@@ -41,35 +46,41 @@ impl Peer {
         }
     }
 
-    /// Whether this peer may set up an agent that nobody has set up yet.
+    /// What this peer is worth.
     ///
-    /// On a machine of its own the agent shares the loopback interface with everybody's code, so a caller there has to be root. An
-    /// ordinary service on somebody's machine belongs to whoever reaches it first, as envd does.
+    /// An ordinary service is its own user's and root's. On a machine of its own the agent runs other people's code, and only root is
+    /// not one of them. A process of this machine whose user cannot be found is an ordinary one.
     pub async fn standing(&self, own_machine: bool, insecure_open: bool) -> Standing {
-        let trusted = match *self {
-            Self::Unix | Self::Serial | Self::Vsock { cid: VSOCK_HOST } => true,
-            Self::Vsock { .. } => false,
-            Self::Tcp { peer, local } => {
-                let near = is_loopback(peer.ip());
-                if !near && !insecure_open {
-                    false
-                } else if !own_machine {
-                    true
-                } else {
-                    match owner::of(peer, local).await {
-                        Some(uid) => uid == 0,
-                        // Not a socket of this machine's: somebody on the network, which was declared to be safe.
-                        None => !near,
-                    }
-                }
-            }
+        let (peer, local) = match *self {
+            Self::Unix | Self::Serial | Self::Vsock { cid: VSOCK_HOST } => return Standing::Trusted,
+            Self::Vsock { .. } => return Standing::Ordinary,
+            Self::Tcp { peer, local } => (peer, local),
         };
-        if trusted { Standing::Trusted } else { Standing::Stranger }
+        let open = is_loopback(peer.ip()) || insecure_open;
+        if is_here(peer) {
+            let is_owner = |uid| uid == 0 || (!own_machine && uid == geteuid().as_raw());
+            if !owner::of(peer, local).await.is_some_and(is_owner) {
+                return Standing::Ordinary;
+            }
+        }
+        if open { Standing::Trusted } else { Standing::Stranger }
     }
 }
 
 fn is_loopback(address: IpAddr) -> bool {
     address.to_canonical().is_loopback()
+}
+
+/// Whether a caller's address is one of this machine's: what is sent to such an address would come from it. Nothing is sent.
+/// Where that cannot be asked it is.
+fn is_here(caller: SocketAddr) -> bool {
+    let address = caller.ip().to_canonical();
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let towards = if address == caller.ip() { caller } else { SocketAddr::new(address, caller.port()) };
+    let Ok(socket) = UdpSocket::bind((any, 0)) else { return true };
+    let source = socket.connect(towards).and_then(|()| socket.local_addr());
+    address.is_loopback() || source.is_ok_and(|source| source.ip() == address)
 }
 
 #[cfg(test)]
@@ -95,7 +106,7 @@ mod tests {
     #[tokio::test]
     async fn the_guests_own_vsock_address_is_not_the_host() {
         for (cid, expected) in
-            [(VSOCK_HOST, Standing::Trusted), (1, Standing::Stranger), (3, Standing::Stranger)]
+            [(VSOCK_HOST, Standing::Trusted), (1, Standing::Ordinary), (3, Standing::Ordinary)]
         {
             assert_eq!(Peer::Vsock { cid }.standing(true, false).await, expected, "{cid}");
         }
@@ -111,16 +122,35 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn on_the_agents_own_machine_a_loopback_caller_has_to_be_roots() {
+    async fn on_this_machine_a_caller_has_to_be_roots_or_the_agents_own_users() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let local = listener.local_addr().unwrap();
         let (client, accepted) = tokio::join!(tokio::net::TcpStream::connect(local), listener.accept());
-        let (_client, (_stream, peer)) = (client.unwrap(), accepted.unwrap());
+        let (client, (_stream, peer)) = (client.unwrap(), accepted.unwrap());
         let mine = Peer::Tcp { peer, local };
-        let expected = if nix::unistd::geteuid().is_root() { Standing::Trusted } else { Standing::Stranger };
-        assert_eq!(mine.standing(true, false).await, expected);
-        // A socket that nobody here owns: the caller cannot be told, so it is not root.
-        assert_eq!(tcp("127.0.0.1:1").standing(true, true).await, Standing::Stranger);
-        assert_eq!(tcp("127.0.0.1:1").standing(false, false).await, Standing::Trusted);
+        let roots = if geteuid().is_root() { Standing::Trusted } else { Standing::Ordinary };
+        assert_eq!(mine.standing(true, false).await, roots);
+        assert_eq!(mine.standing(false, false).await, Standing::Trusted);
+        // Whose caller has hung up, or has no socket here, cannot be told.
+        drop(client);
+        for unknown in [mine, tcp("127.0.0.1:1"), tcp("[::1]:1")] {
+            for (own_machine, insecure_open) in [(false, false), (true, false), (false, true), (true, true)] {
+                assert_eq!(
+                    unknown.standing(own_machine, insecure_open).await,
+                    Standing::Ordinary,
+                    "{unknown:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn only_an_address_of_this_machine_is_here() {
+        for here in ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+            assert!(is_here(here.parse().unwrap()), "{here}");
+        }
+        for away in ["192.0.2.7:4000", "[::ffff:192.0.2.7]:4000"] {
+            assert!(!is_here(away.parse().unwrap()), "{away}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 
 use super::Connection;
 use crate::access::middleware::unauthorized;
-use crate::access::{Access, Refusal};
+use crate::access::{Access, Peer, Refusal};
 use crate::ports;
 
 /// Answers a `CONNECT`: 200 and a tunnel, 401, 400 for an address that is not this machine, 502 when nothing listens.
@@ -18,8 +18,9 @@ pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Respons
     if access.is_sealed() {
         return unauthorized(&Refusal::Sealed.to_string());
     }
-    if !access.is_host(request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes())) {
-        return unauthorized(&Refusal::Control.to_string());
+    let given = request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes());
+    if let Err(refusal) = access.admit_host(given, request.extensions().get::<Peer>().copied()).await {
+        return unauthorized(&refusal.to_string());
     }
     let Some(port) = loopback_port(request.uri()) else {
         return (StatusCode::BAD_REQUEST, "CONNECT takes 127.0.0.1:<port>").into_response();

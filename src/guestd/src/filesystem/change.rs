@@ -49,8 +49,8 @@ pub(super) fn make_dir(path: &Path, owner: Owner, names: &Names) -> Result<Entry
 
 /// Moves `source` to `destination`, making the directories above it; an existing file is replaced.
 ///
-/// The source is looked at before anything is made, so that a misspelt source leaves no directories behind, and another file
-/// system is no obstacle (envd.md section 11, number 16).
+/// The source is looked at before anything is made, so that a misspelt source leaves no directories behind, and a move that fails takes
+/// the directories away again that it made. Another file system is no obstacle (envd.md section 11, number 16).
 ///
 /// # Errors
 ///
@@ -67,12 +67,18 @@ pub(super) fn rename(
     };
     let from = Place::open(source).map_err(missing)?;
     from.look().map_err(missing)?;
+    let missing_above: Vec<&Path> =
+        destination.ancestors().skip(1).take_while(|above| above.symlink_metadata().is_err()).collect();
     let to = Place::create(destination, owner)
         .map_err(FilesystemError::io("make the directory of", destination))?;
     let moved = match renameat(&from.parent, from.name.as_os_str(), &to.parent, to.name.as_os_str()) {
         Err(Errno::EXDEV) => transfer::move_across(&from, &to),
         renamed => renamed.map_err(Into::into),
     };
+    if moved.is_err() {
+        // What was made for nothing goes again, unless somebody uses it already.
+        let _ = missing_above.iter().try_for_each(std::fs::remove_dir);
+    }
     moved.map_err(|error| match fault(&error) {
         // The parents exist by now, so this is a source that went away in between.
         Fault::NotFound => FilesystemError::SourceNotFound { path: source.to_owned() },

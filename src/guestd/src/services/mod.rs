@@ -1,21 +1,25 @@
 //! The Connect services as clients meet them.
 //!
-//! [`Services`] stands in front of them and does what all of them need: `objects` refuses JSON that is no message, `legacy` spares one old
-//! client what it cannot read, [`outlet`] is the short way of a stream's answer, and [`pace`] is what a client asks of its stream: a
-//! deadline, which must be readable on every call, and keepalives.
+//! [`Services`] stands in front of them and does what all of them need: `media` tells which content types a method takes, `objects` refuses
+//! JSON that is no message, `legacy` spares one old client what it cannot read, [`outlet`] is the short way of a stream's answer, and
+//! [`pace`] is what a client asks of its stream: a deadline, which must be readable on every call, and keepalives. [`refusal`] is how a call
+//! is refused that no service sees.
 
 mod legacy;
+mod media;
 mod objects;
 pub mod outlet;
 pub mod pace;
+pub mod refusal;
 
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
-use axum::http::{HeaderValue, Request, Response, header};
-use connectrpc::ConnectRpcService;
+use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use axum::response::IntoResponse;
+use connectrpc::{ConnectRpcService, Dispatcher};
 use futures_util::FutureExt;
 use tower::Service;
 
@@ -39,6 +43,13 @@ impl Services {
         let misspelt = binary.clone().with_interceptor(pace::Refusal);
         Self { binary, json, old, misspelt }
     }
+
+    /// What the called method takes instead of this request's content type. An unknown method is the services' to refuse.
+    fn wanted(&self, request: &Request<Body>) -> Option<&'static str> {
+        let path = request.uri().path();
+        let method = self.binary.dispatcher().lookup(path.strip_prefix('/').unwrap_or(path))?;
+        media::wanted(method.kind, request.headers())
+    }
 }
 
 impl std::fmt::Debug for Services {
@@ -57,6 +68,13 @@ impl Service<Request<Body>> for Services {
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        media::normalise(request.headers_mut());
+        if request.method() == Method::POST
+            && let Some(wanted) = self.wanted(&request)
+        {
+            let answer = (StatusCode::UNSUPPORTED_MEDIA_TYPE, [("accept-post", wanted)]).into_response();
+            return Box::pin(refusal::after_body(request, answer).map(Ok));
+        }
         pace::drop_endless_deadline(request.headers_mut());
         let headers = request.headers();
         if pace::is_misspelt(headers) {

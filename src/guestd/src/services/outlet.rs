@@ -147,6 +147,14 @@ fn put_head(out: &mut BytesMut, flags: u8, length: usize) {
     out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
 }
 
+/// The whole answer of a stream that failed before it said anything.
+pub(super) fn only_end(error: &ConnectError) -> Bytes {
+    let (mut out, end) = (BytesMut::new(), end(Some(error)));
+    put_head(&mut out, END, end.len());
+    out.put_slice(&end);
+    out.freeze()
+}
+
 /// What the last envelope says.
 fn end(error: Option<&ConnectError>) -> Vec<u8> {
     match error {

@@ -1,12 +1,14 @@
 //! Moves between file systems. The copy is the same between any two directories, so most tests need no second file system.
 
+use std::collections::BTreeMap;
 use std::fs::{File, FileTimes, Permissions};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::{Fixture, has_attributes, nobody};
+use super::{Fixture, has_attributes, is_root, nobody};
+use crate::filesystem::credentials::ActingAs;
 use crate::filesystem::place::Place;
 use crate::filesystem::{sys, transfer};
 
@@ -74,6 +76,129 @@ fn what_cannot_be_replaced_is_refused_before_anything_is_copied() {
     std::fs::create_dir(fixture.home.join("dir")).unwrap();
     assert_eq!(errno("dir", "full"), libc::ENOTEMPTY);
     assert_eq!(std::fs::read_dir(&fixture.home).unwrap().count(), 3);
+}
+
+/// Everything below a directory, with the content of files.
+fn tree(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(tree(&path));
+        }
+        found.insert(path.clone(), std::fs::read(&path).unwrap_or_default());
+    }
+    found
+}
+
+/// Moves as `other`, and expects an error that has changed nothing.
+fn refused_to_other(fixture: &Fixture, source: &str, destination: &str) -> i32 {
+    let before = tree(&fixture.home);
+    let user = fixture.accounts.user("other").unwrap();
+    let (source, destination) = (fixture.home.join(source), fixture.home.join(destination));
+    let moved = std::thread::spawn(move || {
+        let _acting = ActingAs::user(&user).unwrap();
+        move_across(&source, &destination).unwrap_err().raw_os_error().unwrap()
+    });
+    let errno = moved.join().unwrap();
+    assert_eq!(tree(&fixture.home), before);
+    errno
+}
+
+fn give_to_other(path: &Path) {
+    std::os::unix::fs::chown(path, Some(12345), Some(12346)).unwrap();
+}
+
+#[test]
+fn a_source_that_has_to_stay_leaves_the_destination_as_it_was() {
+    let fixture = Fixture::new();
+    if !is_root() {
+        return;
+    }
+    fixture.write("locked/source", "new");
+    let victim = fixture.write("theirs/victim", "old");
+    give_to_other(&victim);
+    give_to_other(&fixture.home.join("theirs"));
+    assert_eq!(refused_to_other(&fixture, "locked/source", "theirs/victim"), libc::EACCES);
+    fixture.mode("locked", 0o1777);
+    assert_eq!(refused_to_other(&fixture, "locked/source", "theirs/victim"), libc::EPERM);
+}
+
+#[test]
+fn a_tree_of_which_a_part_has_to_stay_stays_whole() {
+    let fixture = Fixture::new();
+    if !is_root() {
+        return;
+    }
+    std::fs::create_dir(fixture.home.join("target")).unwrap();
+    for name in ["first", "middle", "shared", "last"] {
+        fixture.write(&format!("source/tree/{name}/deep/file"), name);
+    }
+    for path in ["target", "source", "source/tree", "source/tree/first", "source/tree/last"] {
+        give_to_other(&fixture.home.join(path));
+    }
+    for path in ["first/deep", "last/deep"] {
+        give_to_other(&fixture.home.join("source/tree").join(path));
+    }
+    // Writable for the mover as a member of its group, and closed to it as the owner of the copy.
+    for path in ["source/tree/shared", "source/tree/shared/deep"] {
+        std::os::unix::fs::chown(fixture.home.join(path), None, Some(12346)).unwrap();
+        fixture.mode(path, 0o070);
+    }
+    assert_eq!(refused_to_other(&fixture, "source/tree", "target/tree"), libc::EACCES);
+}
+
+#[test]
+fn a_destination_that_cannot_be_replaced_leaves_the_source_under_its_name() {
+    let fixture = Fixture::new();
+    if !is_root() {
+        return;
+    }
+    let source = fixture.write("source/file", "new");
+    fixture.write("target/victim", "old");
+    for path in [source.as_path(), &fixture.home.join("source")] {
+        give_to_other(path);
+    }
+    fixture.mode("target", 0o1777);
+    assert_eq!(refused_to_other(&fixture, "source/file", "target/victim"), libc::EPERM);
+}
+
+#[test]
+fn the_holes_of_a_file_stay_holes() {
+    const LENGTH: u64 = 64 << 20;
+    let fixture = Fixture::new();
+    for (name, at) in [("middle", Some(LENGTH / 2)), ("end", Some(LENGTH - 5)), ("empty", None)] {
+        let source = fixture.home.join(name);
+        let file = File::create(&source).unwrap();
+        file.set_len(LENGTH).unwrap();
+        if let Some(at) = at {
+            file.write_all_at(b"hello", at).unwrap();
+        }
+        let blocks = file.metadata().unwrap().blocks();
+        let target = fixture.home.join(format!("moved-{name}"));
+        move_across(&source, &target).unwrap();
+        let moved = target.metadata().unwrap();
+        assert_eq!(moved.len(), LENGTH);
+        assert!(moved.blocks() <= blocks + 64, "{name}: {} blocks were {blocks}", moved.blocks());
+        if let Some(at) = at {
+            let mut read = [0; 5];
+            File::open(&target).unwrap().read_exact_at(&mut read, at).unwrap();
+            assert_eq!(&read, b"hello");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_move_that_fails_leaves_no_directories_behind() {
+    let fixture = Fixture::new();
+    let Some(other) = fixture.other() else { return };
+    fixture.write("locked/file", "");
+    std::fs::create_dir(fixture.home.join("theirs")).unwrap();
+    give_to_other(&fixture.home.join("theirs"));
+    let path = |path: &str| fixture.home.join(path).to_str().unwrap().to_owned();
+    let moved = fixture.filesystem.rename(other, path("locked/file"), path("theirs/new/deep/file")).await;
+    assert_eq!(moved.unwrap_err().code(), connectrpc::ErrorCode::PermissionDenied);
+    assert!(!fixture.home.join("theirs/new").exists());
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::names::Names;
 use super::request::Asked;
 use super::{History, INIT_LIMIT, System, clock};
-use crate::access::{Access, Claim, Peer, Standing, Voucher};
+use crate::access::{Claim, Peer, Voucher};
 use crate::doors::Connection;
 
 const VERSION: HeaderName = HeaderName::from_static("x-envd-version");
@@ -151,7 +151,7 @@ impl System {
         let claim = Claim {
             control: caller.control.as_deref(),
             access_token,
-            standing: standing(&self.access, caller.peer).await,
+            standing: self.access.standing_for_init(caller.control.as_deref(), caller.peer).await,
             voucher,
         };
         // A call that was on its way for long must not undo a newer one; it is not an error either, and it thaws.
@@ -313,16 +313,6 @@ fn fields_of(request: &InitRequest) -> String {
             fields.keys().map(String::as_str).collect::<Vec<_>>().join(" ")
         }
         _ => String::new(),
-    }
-}
-
-async fn standing(access: &Access, peer: Option<Peer>) -> Standing {
-    let rules = access.rules();
-    match peer {
-        // Looking for the caller's owner takes a moment, and is for nothing when the credential decides.
-        _ if access.has_host() => Standing::Stranger,
-        Some(peer) => peer.standing(rules.own_machine, rules.insecure_open).await,
-        None => Standing::Stranger,
     }
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::access::Rules;
+use crate::access::{Access, Rules};
 use crate::activity::Activity;
 use crate::agent::Config;
 use crate::doors::Connections;
