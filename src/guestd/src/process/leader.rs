@@ -6,6 +6,7 @@
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use libc::c_int;
@@ -169,21 +170,31 @@ fn status_of(status: c_int) -> Status {
 }
 
 fn usage_of(usage: &libc::rusage) -> Usage {
-    let peak = if usage.ru_maxrss > own_peak() { usage.ru_maxrss } else { 0 };
+    let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024;
     Usage {
         user: duration(usage.ru_utime),
         system: duration(usage.ru_stime),
-        peak_memory: u64::try_from(peak).unwrap_or(0) * 1024,
+        peak_memory: if peak > own_peak(peak) { peak } else { 0 },
     }
 }
 
-/// In KiB. Of this process whatever program it was: more than a child can have begun with.
-fn own_peak() -> libc::c_long {
-    // SAFETY: a plain structure of integers.
-    let mut usage: libc::rusage = unsafe { mem::zeroed() };
-    // SAFETY: getrusage fills in a value of ours; of this process it cannot fail.
-    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
-    usage.ru_maxrss
+/// The most memory that this program had, in bytes, or some less if that is as much as `asked` already.
+///
+/// Not getrusage(2) of itself, which counts what the process was before its exec as well.
+fn own_peak(asked: u64) -> u64 {
+    static KNOWN: AtomicU64 = AtomicU64::new(0);
+    // It only grows: most commands are answered without a look.
+    let known = KNOWN.load(Ordering::Relaxed);
+    if known >= asked {
+        return known;
+    }
+    // proc_pid_status(5)
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    let peak = kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+    KNOWN.store(peak, Ordering::Relaxed);
+    peak
 }
 
 fn duration(time: libc::timeval) -> Duration {
