@@ -146,7 +146,7 @@ def test_a_request_to_end_is_the_leaders_first(agent):
     """What it started is its own to look after, for as long as it is there."""
     script = """
         trap 'echo asked; wait $child; echo child=$?; exit 0' TERM
-        (trap 'echo disturbed; exit 9' TERM; echo ready; for n in 1 2 3 4 5; do sleep 0.1; done; echo done; exit 5) &
+        (trap 'echo disturbed; exit 9' TERM; sleep 0.3; echo ready; for n in 1 2 3 4 5; do sleep 0.1; done; echo done; exit 5) &
         child=$!
         wait $child
     """
