@@ -189,9 +189,8 @@ def test_the_jobs_of_a_terminal_are_asked_in_order(grouped, tmp_path):
     """The one that has the keyboard with the shell, those in the background after it."""
     script = f"""
         set -m
-        (trap 'kill -0 $$ 2> /dev/null && echo early >> {tmp_path}/told || echo late >> {tmp_path}/told; exit' TERM
-         while :; do sleep 0.05; done) &
-        trap 'sleep 0.3; exit 4' TERM
+        (trap 'echo background >> {tmp_path}/told; exit' TERM; while :; do sleep 0.05; done) &
+        trap 'sleep 0.3; echo shell >> {tmp_path}/told; exit 4' TERM
         (trap 'echo keyboard >> {tmp_path}/told; exit' TERM; echo ready; while :; do sleep 0.05; done)
         sleep 1
     """
@@ -203,7 +202,7 @@ def test_the_jobs_of_a_terminal_are_asked_in_order(grouped, tmp_path):
         signal(grouped.client, pid, "SIGNAL_SIGTERM")
         assert stream.rest().exit_code == 4
     told = tmp_path / "told"
-    wait_until(lambda: told.read_text() == "keyboard\nlate\n", within=2, what="both were asked")
+    wait_until(lambda: told.read_text() == "keyboard\nshell\nbackground\n", within=5, what="both were asked")
 
 
 def test_what_left_its_session_ends_with_a_kill(grouped):
