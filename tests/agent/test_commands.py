@@ -79,7 +79,7 @@ def test_a_command_that_is_too_long_for_the_kernel_is_refused_and_not_denied(age
 def test_a_start_without_a_process_to_spare_is_exhaustion_and_no_end():
     """The limit is the user's: the kernel tells of it at the exec."""
     agent = Guestd(wrapper=["prlimit", "--nproc=0:0"]).start()
-    request = {"cwd": "/", "headers": {"Authorization": "Basic bm9ib2R5Og=="}}
+    request = {"cwd": "/", "headers": {"Authorization": "Basic Z2FtZXM6"}}
     message = {"process": process("/bin/sleep", "100", cwd="/"), "tag": "first"}
     try:
         with agent.client() as client, open_stream(client, "process.Process/Start", message, request["headers"]) as first:
@@ -265,7 +265,7 @@ def test_the_request_decides_cwd_and_environment(agent, tmp_path):
 
 
 def test_a_command_runs_as_the_named_user(agent):
-    ran = start(agent, "/usr/bin/id", "-un", cwd="/", headers={"Authorization": "Basic bm9ib2R5Og=="})
+    ran = start(agent, "/usr/bin/id", "-un", cwd="/", headers={"Authorization": "Basic Z2FtZXM6"})
     assert ran.stdout == b"nobody\n"
 
 

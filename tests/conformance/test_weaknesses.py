@@ -183,10 +183,10 @@ def test_w06_a_slow_subscriber_stalls_nobody_and_is_cut_off(plane):
     told = b""
     while piece := slow.recv(1 << 16):
         told = (told + piece)[-4096:]
-        if b"resource_exhausted" in told or b"\r\n0\r\n\r\n" in told:
+        if b"data_loss" in told or b"\r\n0\r\n\r\n" in told:
             break
     slow.close()
-    assert b"resource_exhausted" in told or b'"end"' in told, told[-300:]
+    assert b"data_loss" in told or b'"end"' in told, told[-300:]
 
 
 @hosted
