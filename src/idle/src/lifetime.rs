@@ -389,6 +389,12 @@ impl Lifetime {
         alive
     }
 
+    /// Whoever asked for it went before it was ready. A session is over with its client; of another nobody knows the id, so it is killed.
+    pub fn abandon(&mut self, now: Moment) -> EndReason {
+        let reason = if self.session_ends.is_some() { EndReason::Session } else { EndReason::Killed };
+        self.end(reason, now)
+    }
+
     /// Ends it for a reason of the driver's own. The first reason stays.
     pub fn end(&mut self, reason: EndReason, now: Moment) -> EndReason {
         match self.finish(reason, now) {

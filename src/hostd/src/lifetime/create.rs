@@ -93,7 +93,7 @@ impl Sandboxes {
                 sandbox.change(|lifetime| {
                     let now = clock::now();
                     lifetime.note(now, "the client that asked for it went before it was ready");
-                    lifetime.kill(now)
+                    lifetime.abandon(now)
                 });
             }
         });

@@ -230,6 +230,12 @@ fn a_liar_cannot_make_the_host_spin_with_notices() {
     assert!(notices <= 100_000 / 250, "{notices}");
 }
 
+#[test]
+fn a_sandbox_whose_client_left_during_the_boot_tells_a_session_from_a_kill() {
+    assert_eq!(session().abandon(at(1)), EndReason::Session);
+    assert_eq!(idle_sandbox().abandon(at(1)), EndReason::Killed);
+}
+
 fn session() -> Lifetime {
     let terms = Asked::session(Duration::from_secs(60)).starting(at(0), &Limits::default());
     Lifetime::new(terms, &IdleSettings::default(), 0, at(0))
