@@ -102,3 +102,12 @@ def test_compose_needs_the_token(fresh):
     assert fresh.http.post("/init", json={"accessToken": "secret"}).status_code == 204
     assert compose(fresh, source_paths=["/a"], destination="/b").status_code == 401
     assert compose(fresh, {"X-Access-Token": "secret"}, source_paths=["/no/such/a"], destination="/tmp/b").status_code == 404
+
+
+@contract("4.7/compose", "10/retries")
+def test_a_list_that_is_too_long_is_told_so_to_a_client_that_is_still_sending(plane, box):
+    """The body is much larger than what the sockets on the way hold."""
+    for _ in range(3):
+        answer = plane.http.post("/files/compose", content=b'{"destination":"' + b"a" * (8 << 20) + b'"}')
+        assert (answer.status_code, answer.json()["code"]) == (413, 413)
+    assert compose(plane, source_paths=[], destination=f"{box}/whole").status_code == 400

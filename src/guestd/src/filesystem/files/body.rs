@@ -7,11 +7,14 @@ use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream};
 use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream::Fuse;
 use futures_util::{Stream, StreamExt as _};
+use http::{HeaderValue, Version, header};
 use tokio::time::{Instant, Sleep};
 
+use super::FilesError;
 use super::digest::Hashers;
 
 /// How long a client may send nothing in the middle of its request (envd.md section 12, upload).
@@ -77,8 +80,28 @@ impl WireBody {
         Ok(self.lock().hashers.take())
     }
 
+    /// Answers the request. After a failure its rest is read first.
+    pub(super) async fn answer(
+        self,
+        version: Version,
+        result: Result<impl IntoResponse, FilesError>,
+    ) -> Response {
+        let emptied = match &result {
+            Ok(_) => true,
+            // Nobody is there to be listened to.
+            Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => false,
+            Err(_) => self.drain().await,
+        };
+        let mut response = result.into_response();
+        // The rest of this request is in the way of the next one. HTTP/2 ends the one stream, and has no such header.
+        if !emptied && version < Version::HTTP_2 {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
     /// Reads the rest, for a while; says whether the connection has come to the end of the request and can take another.
-    pub(super) async fn drain(mut self) -> bool {
+    async fn drain(mut self) -> bool {
         let emptied = async {
             loop {
                 match self.next().await {

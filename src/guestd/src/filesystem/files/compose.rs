@@ -14,6 +14,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use serde::{Deserialize, Serialize};
 
+use super::body::WireBody;
 use super::content::find;
 use super::destination::no_inodes;
 use super::staged::{Staged, Suffix};
@@ -49,10 +50,15 @@ struct Composed {
 /// # Errors
 ///
 /// Those of envd.md section 4.7, in the JSON form; see [`FilesError::status`]. The destination and all sources are as they were.
-pub(super) async fn compose(
-    State(filesystem): State<Arc<Filesystem>>,
-    request: Request,
-) -> Result<Response, FilesError> {
+pub(super) async fn compose(State(filesystem): State<Arc<Filesystem>>, mut request: Request) -> Response {
+    let Some(wire) = request.extensions_mut().remove::<WireBody>() else {
+        return FilesError::Stopped.into_response();
+    };
+    let version = request.version();
+    wire.answer(version, composed(filesystem, request).await.map(axum::Json)).await
+}
+
+async fn composed(filesystem: Arc<Filesystem>, request: Request) -> Result<Composed, FilesError> {
     let body = axum::body::to_bytes(request.into_body(), MOST_BYTES).await.map_err(|error| {
         if std::error::Error::source(&error)
             .is_some_and(|cause| cause.is::<http_body_util::LengthLimitError>())
@@ -63,7 +69,7 @@ pub(super) async fn compose(
     })?;
     let request: ComposeRequest =
         serde_json::from_slice(&body).map_err(|error| FilesError::Json { message: error.to_string() })?;
-    let composed = blocking(move || {
+    blocking(move || {
         let username = request.username.as_deref().filter(|name| !name.is_empty());
         let caller = Arc::new(filesystem.files_caller(username)?);
         if request.source_paths.is_empty() {
@@ -79,8 +85,7 @@ pub(super) async fn compose(
         caller.prepare_home(&destination);
         caller.files_work(|| concatenate(&caller, &sources, &destination))
     })
-    .await?;
-    Ok(axum::Json(composed).into_response())
+    .await
 }
 
 /// A file that takes part: its path, and what was there when it was first looked at.

@@ -15,7 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use guestd_protocol::files_query::FilesQuery;
-use http::{HeaderMap, HeaderValue, Version, header};
+use http::{HeaderMap, header};
 use serde::Serialize;
 
 use super::body::{WireBody, WireError};
@@ -54,18 +54,7 @@ pub(super) async fn upload(State(filesystem): State<Arc<Filesystem>>, request: R
     let Some(wire) = wire else { return FilesError::Stopped.into_response() };
     let version = parts.version;
     let result = receive(&filesystem, parts, body.into_data_stream(), &wire).await;
-    let emptied = match &result {
-        Ok(_) => true,
-        // Nobody is there to be listened to.
-        Err(FilesError::Idle { .. } | FilesError::BodyBroken { .. }) => false,
-        Err(_) => wire.drain().await,
-    };
-    let mut response = result.map(|uploaded| axum::Json(uploaded).into_response()).into_response();
-    // The rest of this request is in the way of the next one. HTTP/2 ends the one stream, and has no such header.
-    if !emptied && version < Version::HTTP_2 {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+    wire.answer(version, result.map(axum::Json)).await
 }
 
 async fn receive(
