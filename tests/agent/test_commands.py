@@ -265,7 +265,7 @@ def test_the_request_decides_cwd_and_environment(agent, tmp_path):
 
 
 def test_a_command_runs_as_the_named_user(agent):
-    ran = start(agent, "/usr/bin/id", "-un", cwd="/", headers={"Authorization": "Basic Z2FtZXM6"})
+    ran = start(agent, "/usr/bin/id", "-un", cwd="/", headers={"Authorization": "Basic bm9ib2R5Og=="})
     assert ran.stdout == b"nobody\n"
 
 
