@@ -154,8 +154,8 @@ enum Room {
     AllBehind,
     /// Some are; there is room for pieces.
     Stretched,
-    /// Some are, and there is room for nothing.
-    Full,
+    /// Some are, and there is room for nothing until they read on, or this time comes.
+    Full(Instant),
 }
 
 #[derive(Debug)]
@@ -261,7 +261,7 @@ impl State {
         } else if fits(&self.log, STRETCHED_LIMIT, shared) {
             Room::Stretched
         } else {
-            Room::Full
+            Room::Full(self.deadline())
         }
     }
 }
@@ -405,16 +405,16 @@ impl Output {
             let cost = log::cost(rest.len());
             shared.budget.make_room(cost);
             let may_stretch = stretched.elapsed() >= STEP;
-            let (room, deadline) = shared.change(|state, used_by_others| {
+            let room = shared.change(|state, used_by_others| {
                 let mut room = state.room(cost, &shared.budget, used_by_others);
-                if matches!(room, Room::Stretched | Room::Full) && state.leave_behind() {
+                if matches!(room, Room::Stretched | Room::Full(_)) && state.leave_behind() {
                     shared.readable.notify_waiters();
                     room = state.room(cost, &shared.budget, used_by_others);
                 }
                 let piece = match room {
                     Room::Free => std::mem::take(&mut rest),
                     Room::Stretched if may_stretch => rest.split_to(rest.len().min(log::EVENT)),
-                    Room::Stretched | Room::Full | Room::AllBehind => Bytes::new(),
+                    Room::Stretched | Room::Full(_) | Room::AllBehind => Bytes::new(),
                 };
                 if !piece.is_empty() {
                     state.waiting.retain(|(waiting, _)| *waiting != channel);
@@ -423,7 +423,7 @@ impl Output {
                     }
                     state.append(channel, piece);
                 }
-                (room, state.deadline())
+                room
             });
             match room {
                 Room::AllBehind => news.await,
@@ -435,7 +435,7 @@ impl Output {
                 Room::Stretched => {
                     let _no_news = timeout_at(stretched + STEP, news).await;
                 }
-                Room::Full => {
+                Room::Full(deadline) => {
                     if timeout_at(deadline, news).await.is_err() {
                         // The agent itself may have had no processor: what sockets take by now is read first.
                         yield_now().await;
