@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from harness.code import CodeAgent
 from harness.connect import JSON_STREAM, call, envelope, process
 from harness.guestd import Guestd
 
@@ -193,19 +194,22 @@ def test_insecure_open_lifts_it_and_says_so_once(listening):
 
 CALL_AS = """
 import encodings.idna, http.client, os, sys
-uid, host, port, path, body, control = sys.argv[1:]
+uid, host, port, path, body, control, token = sys.argv[1:]
 os.setgroups([]); os.setgid(int(uid)); os.setuid(int(uid))
 connection = http.client.HTTPConnection(host, int(port), timeout=10)
-headers = {"Content-Type": "application/json", **({"X-Guestd-Control": control} if control else {})}
+headers = {"Content-Type": "application/json", "X-Guestd-Control": control, "X-Access-Token": token}
+headers = {name: value for name, value in headers.items() if value}
 connection.request("POST", path, body=body.encode(), headers=headers)
 print(connection.getresponse().status)
 """
 SOMEBODY = 65534
 
 
-def call_as(uid: int, agent: Guestd, path: str, body: str = "{}", control: str = "", host: str = "127.0.0.1") -> int:
+def call_as(
+    uid: int, agent: Guestd, path: str, body: str = "{}", control: str = "", token: str = "", host: str = "127.0.0.1", port: int | None = None
+) -> int:
     """The status of a call by a process of a user's."""
-    command = [sys.executable, "-c", CALL_AS, str(uid), host, str(agent.port), path, body, control]
+    command = [sys.executable, "-c", CALL_AS, str(uid), host, str(port or agent.port), path, body, control, token]
     return int(subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout)
 
 
@@ -244,7 +248,30 @@ def test_the_control_credential_is_worth_nothing_in_an_ordinary_users_hands(gues
     for path in ("/collapse", "/init", "/activity.v1.Activity/Get"):
         assert call_as(SOMEBODY, guestd, path, control="host") == 401, path
         assert call_as(0, guestd, path, control="host") in (200, 204), path
-    assert call_as(SOMEBODY, guestd, "/process.Process/List") == 200, "what needs no credential is served"
+
+
+def test_without_a_token_an_ordinary_user_of_this_machine_is_not_served(guestd, agent):
+    """Else it starts a process as root, and makes the control calls from that."""
+    calls = ["/process.Process/List", "/filesystem.Filesystem/ListDir", "/envs", "/metrics", "/files?path=/tmp/theirs", "/nowhere"]
+    for path in calls:
+        assert call_as(SOMEBODY, guestd, path) == 401, path
+        assert call_as(0, guestd, path) != 401, path
+    assert not os.path.exists("/tmp/theirs")
+    assert agent.post("/init", json={"accessToken": "secret"}).status_code == 204
+    for uid in (SOMEBODY, 0):
+        assert call_as(uid, guestd, "/process.Process/List") == 401
+        assert call_as(uid, guestd, "/process.Process/List", token="secret") == 200, "the token is worth the same to everybody"
+
+
+def test_without_a_token_an_ordinary_user_has_no_code_run(tmp_path):
+    """Code runs as another user, with that user's files."""
+    agent = CodeAgent(tmp_path).start()
+    try:
+        for path in ("/execute", "/executions", "/contexts"):
+            of_somebody, of_root = (call_as(uid, agent, path, "[]", port=agent.code_port) for uid in (SOMEBODY, 0))
+            assert (of_somebody, of_root) == (401, 422), path
+    finally:
+        agent.close()
 
 
 @pytest.mark.parametrize("host", ["own address", "127.0.0.1"])

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use connectrpc::{ConnectError, ErrorCode};
@@ -20,21 +21,15 @@ use crate::services::refusal;
 
 /// Refuses with 401 what lacks its credential.
 pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
-    let checked = match check(&access, &request) {
-        Ok(()) if credential_of(&request) == Credential::Control => {
-            let given = request.headers().get(CONTROL_HEADER).cloned();
-            let peer = request.extensions().get::<Peer>().copied();
-            access.admit_host(given.as_ref().map(HeaderValue::as_bytes), peer).await
-        }
-        checked => checked,
-    };
+    let (head, body) = request.into_parts();
+    let checked = check(&access, &head).await;
     // What means nothing is told before who may, as in envd; a sealed agent tells nobody anything.
-    if checked != Err(Refusal::Sealed)
-        && is_file_access(&request)
-        && let Err(error) = FilesQuery::parse(request.uri().query().unwrap_or_default())
-    {
-        return refusal::after_body(request, (StatusCode::BAD_REQUEST, error.to_string()).into_response())
-            .await;
+    let is_asked = checked != Err(Refusal::Sealed) && is_file_access(&head);
+    let query = is_asked.then(|| FilesQuery::parse(head.uri.query().unwrap_or_default()));
+    let request = Request::from_parts(head, body);
+    if let Some(Err(error)) = query {
+        let answer = (StatusCode::BAD_REQUEST, error.to_string()).into_response();
+        return refusal::after_body(request, answer).await;
     }
     match checked {
         Ok(()) => next.run(request).await,
@@ -42,39 +37,34 @@ pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next
     }
 }
 
-fn credential_of(request: &Request) -> Credential {
-    routes::find(request.uri().path()).map_or(Credential::AccessToken, |route| route.credential)
-}
-
 /// Answers with the refusal after what the client is still sending.
 pub async fn refuse(request: Request, refusal: Refusal) -> Response {
     refusal::after_body(request, unauthorized(&refusal.to_string())).await
 }
 
-/// All but who makes a control call, which takes a look at the machine.
-fn check(access: &Access, request: &Request) -> Result<(), Refusal> {
-    let (path, method) = (request.uri().path(), request.method());
-    if access.is_sealed() && !matches!((path, method), ("/health", &Method::GET) | ("/init", &Method::POST)) {
+async fn check(access: &Access, head: &Parts) -> Result<(), Refusal> {
+    let path = head.uri.path();
+    if access.is_sealed()
+        && !matches!((path, &head.method), ("/health", &Method::GET) | ("/init", &Method::POST))
+    {
         return Err(Refusal::Sealed);
     }
-    let headers = request.headers();
-    let peer = request.extensions().get::<Peer>().copied();
-    match credential_of(request) {
-        Credential::None | Credential::Init | Credential::Control => Ok(()),
-        Credential::AccessTokenOrSignature if is_file_access(request) => {
-            may_touch_file(access, method, request.uri(), headers, peer)
-        }
+    let peer = head.extensions.get::<Peer>();
+    match routes::find(path).map_or(Credential::AccessToken, |route| route.credential) {
+        Credential::None | Credential::Init => Ok(()),
+        Credential::Control => access.admit_host(bytes_of(&head.headers, CONTROL_HEADER), peer).await,
+        Credential::AccessTokenOrSignature if is_file_access(head) => may_touch_file(access, head).await,
         Credential::AccessToken | Credential::AccessTokenOrSignature => {
-            access.allows(bytes_of(headers, ACCESS_TOKEN_HEADER), peer)
+            access.allows(bytes_of(&head.headers, ACCESS_TOKEN_HEADER), peer).await
         }
     }
 }
 
 /// Only reading and writing a file can be signed for (contract: envd.md section 5).
-fn is_file_access(request: &Request) -> bool {
-    let route = routes::find(request.uri().path());
+fn is_file_access(head: &Parts) -> bool {
+    let route = routes::find(head.uri.path());
     route.is_some_and(|route| route.credential == Credential::AccessTokenOrSignature)
-        && matches!(*request.method(), Method::GET | Method::POST)
+        && matches!(head.method, Method::GET | Method::POST)
 }
 
 /// Resolves the user that Basic auth names, for every route (contract: envd.md section 2.1).
@@ -102,22 +92,17 @@ fn bytes_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
     headers.get(name).map(|value| value.as_bytes())
 }
 
-fn may_touch_file(
-    access: &Access,
-    method: &Method,
-    uri: &Uri,
-    headers: &HeaderMap,
-    peer: Option<Peer>,
-) -> Result<(), Refusal> {
-    let Some(token) = access.access_token() else { return access.allows(None, peer) };
-    if let Some(given) = bytes_of(headers, ACCESS_TOKEN_HEADER) {
-        return access.allows(Some(given), peer).map_err(|_| Refusal::FileToken);
+async fn may_touch_file(access: &Access, head: &Parts) -> Result<(), Refusal> {
+    let (given, peer) = (bytes_of(&head.headers, ACCESS_TOKEN_HEADER), head.extensions.get::<Peer>());
+    let Some(token) = access.access_token() else { return access.allows(None, peer).await };
+    if given.is_some() {
+        return access.allows(given, peer).await.map_err(|_| Refusal::FileToken);
     }
     // What cannot be read is refused as such, whatever is said here.
-    let Ok(query) = FilesQuery::parse(uri.query().unwrap_or_default()) else {
+    let Ok(query) = FilesQuery::parse(head.uri.query().unwrap_or_default()) else {
         return Err(Refusal::SignatureInvalid);
     };
-    let operation = if method == Method::GET { Operation::Read } else { Operation::Write };
+    let operation = if head.method == Method::GET { Operation::Read } else { Operation::Write };
     let signature = query.signature.as_deref().ok_or(Refusal::SignatureMissing)?;
     let signed = Signed {
         path: query.path().unwrap_or_default(),
@@ -181,13 +166,13 @@ mod tests {
         access
     }
 
-    fn ask(access: &Access, uri: &str, method: Method) -> Result<(), Refusal> {
+    async fn ask(access: &Access, uri: &str, method: Method) -> Result<(), Refusal> {
         let request = Request::builder().uri(uri).method(method).extension(Peer::Unix);
-        super::check(access, &request.body(axum::body::Body::empty()).unwrap())
+        super::check(access, &request.body(()).unwrap().into_parts().0).await
     }
 
-    fn check(uri: &str, method: Method) -> Result<(), Refusal> {
-        ask(&signed_access(), uri, method)
+    async fn check(uri: &str, method: Method) -> Result<(), Refusal> {
+        ask(&signed_access(), uri, method).await
     }
 
     fn signed(path: &str, operation: Operation, expiration: Option<&str>) -> String {
@@ -197,39 +182,42 @@ mod tests {
         format!("/files?path={path}&signature={signature}{expiration}")
     }
 
-    #[test]
-    fn a_signed_url_opens_what_it_was_signed_for_and_nothing_else() {
-        assert_eq!(check(&signed("a.txt", Operation::Read, None), Method::GET), Ok(()));
+    #[tokio::test]
+    async fn a_signed_url_opens_what_it_was_signed_for_and_nothing_else() {
+        assert_eq!(check(&signed("a.txt", Operation::Read, None), Method::GET).await, Ok(()));
         assert_eq!(
-            check(&signed("a.txt", Operation::Read, None), Method::POST),
+            check(&signed("a.txt", Operation::Read, None), Method::POST).await,
             Err(Refusal::SignatureInvalid)
         );
-        assert_eq!(check("/files?path=a.txt", Method::GET), Err(Refusal::SignatureMissing));
-        assert_eq!(check("/files?path=a.txt&signature=v1_x", Method::GET), Err(Refusal::SignatureInvalid));
+        assert_eq!(check("/files?path=a.txt", Method::GET).await, Err(Refusal::SignatureMissing));
+        assert_eq!(
+            check("/files?path=a.txt&signature=v1_x", Method::GET).await,
+            Err(Refusal::SignatureInvalid)
+        );
     }
 
-    #[test]
-    fn an_expired_signature_says_so_and_an_unreadable_one_is_not_eternal() {
+    #[tokio::test]
+    async fn an_expired_signature_says_so_and_an_unreadable_one_is_not_eternal() {
         assert_eq!(
-            check(&signed("a", Operation::Read, Some("5")), Method::GET),
+            check(&signed("a", Operation::Read, Some("5")), Method::GET).await,
             Err(Refusal::SignatureExpired)
         );
         assert_eq!(
-            check(&signed("a", Operation::Read, Some("-1")), Method::GET),
+            check(&signed("a", Operation::Read, Some("-1")), Method::GET).await,
             Err(Refusal::SignatureExpired)
         );
         assert_eq!(
-            check(&signed("a", Operation::Read, Some("never")), Method::GET),
+            check(&signed("a", Operation::Read, Some("never")), Method::GET).await,
             Err(Refusal::SignatureInvalid)
         );
-        assert_eq!(check(&signed("a", Operation::Read, Some("99999999999")), Method::GET), Ok(()));
+        assert_eq!(check(&signed("a", Operation::Read, Some("99999999999")), Method::GET).await, Ok(()));
     }
 
     #[tokio::test]
     async fn a_query_that_means_nothing_is_400_whoever_asks() {
         let sealed = signed_access();
         sealed.seal();
-        let far = Peer::Tcp { peer: "192.0.2.1:5".parse().unwrap(), local: "192.0.2.2:1".parse().unwrap() };
+        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:1".parse().unwrap());
         let cases = [
             (signed_access(), Some("secret"), Peer::Unix, 400),
             (signed_access(), Some("wrong"), Peer::Unix, 400),
@@ -246,7 +234,7 @@ mod tests {
                 let mut request = Request::builder()
                     .method(method)
                     .uri("/files?path=a&signature_expiration=abc")
-                    .extension(peer);
+                    .extension(peer.clone());
                 if let Some(token) = token {
                     request = request.header(ACCESS_TOKEN_HEADER, token);
                 }
@@ -259,22 +247,22 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_signature_for_one_name_opens_no_other_that_looks_the_same_as_text() {
+    #[tokio::test]
+    async fn a_signature_for_one_name_opens_no_other_that_looks_the_same_as_text() {
         let signed = Signed { path: b"\xfe", operation: Operation::Read, username: "", expiration: None };
         let signature = signed.sign("secret").replace('+', "%2B").replace('/', "%2F");
-        assert_eq!(check(&format!("/files?path=%fe&signature={signature}"), Method::GET), Ok(()));
+        assert_eq!(check(&format!("/files?path=%fe&signature={signature}"), Method::GET).await, Ok(()));
         for path in ["%ff", "%ef%bf%bd"] {
             let uri = format!("/files?path={path}&signature={signature}");
-            assert_eq!(check(&uri, Method::GET), Err(Refusal::SignatureInvalid), "{path}");
+            assert_eq!(check(&uri, Method::GET).await, Err(Refusal::SignatureInvalid), "{path}");
         }
     }
 
-    #[test]
-    fn only_the_exempt_paths_are_open_without_the_token() {
+    #[tokio::test]
+    async fn only_the_exempt_paths_are_open_without_the_token() {
         let access = signed_access();
         for (method, path) in [(Method::GET, "/health"), (Method::POST, "/init")] {
-            assert_eq!(ask(&access, path, method), Ok(()), "{path}");
+            assert_eq!(ask(&access, path, method).await, Ok(()), "{path}");
         }
         for (method, path) in [
             (Method::GET, "/metrics"),
@@ -286,7 +274,7 @@ mod tests {
             (Method::POST, "/files/compose"),
             (Method::POST, "/process.Process/Start"),
         ] {
-            assert_eq!(ask(&access, path, method), Err(Refusal::AccessToken), "{path}");
+            assert_eq!(ask(&access, path, method).await, Err(Refusal::AccessToken), "{path}");
         }
     }
 
@@ -305,14 +293,14 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_sealed_agent_answers_health_and_init_alone() {
+    #[tokio::test]
+    async fn a_sealed_agent_answers_health_and_init_alone() {
         let access = signed_access();
         access.seal();
-        assert_eq!(ask(&access, "/health", Method::GET), Ok(()));
-        assert_eq!(ask(&access, "/init", Method::POST), Ok(()));
+        assert_eq!(ask(&access, "/health", Method::GET).await, Ok(()));
+        assert_eq!(ask(&access, "/init", Method::POST).await, Ok(()));
         for path in ["/metrics", "/files", "/freeze", "/process.Process/List"] {
-            assert_eq!(ask(&access, path, Method::POST), Err(Refusal::Sealed), "{path}");
+            assert_eq!(ask(&access, path, Method::POST).await, Err(Refusal::Sealed), "{path}");
         }
     }
 }

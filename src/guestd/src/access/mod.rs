@@ -79,6 +79,8 @@ pub enum Refusal {
         "no access token is set: until /init sets one, only callers on this machine or on the host's link are served"
     )]
     NotNear,
+    #[error("no access token is set: until /init sets one, an ordinary user of this machine is not served")]
+    NotOwner,
     #[error("/init is taken from the host's link, or on this machine from root or the agent's own user")]
     InitPlace,
     #[error("this call is the host's: it is not taken from an ordinary user of this machine")]
@@ -143,27 +145,27 @@ impl Access {
         *self.sealed.borrow()
     }
 
-    /// Whether `given` is the access token; with none set, whether the caller is near enough. `None` is a caller of whom nothing is known.
+    /// Whether `given` is the access token; with none set, whether the caller is the host, or whoever owns this machine: who may start a
+    /// process as anybody may do whatever that process may, control calls included. `None` is a caller of whom nothing is known.
     ///
     /// # Errors
     /// A [`Refusal`] for the 401 answer.
-    pub fn allows(&self, given: Option<&[u8]>, peer: Option<Peer>) -> Result<(), Refusal> {
-        match &self.read().access_token {
-            Some(token) => {
-                if given.is_some_and(|given| same(given, token.as_bytes())) {
-                    Ok(())
-                } else {
-                    Err(Refusal::AccessToken)
-                }
+    pub async fn allows(&self, given: Option<&[u8]>, peer: Option<&Peer>) -> Result<(), Refusal> {
+        if let Some(token) = &self.read().access_token {
+            let shown = given.is_some_and(|given| same(given, token.as_bytes()));
+            return if shown { Ok(()) } else { Err(Refusal::AccessToken) };
+        }
+        if self.rules.insecure_open {
+            if !peer.is_some_and(Peer::is_near) && !self.warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!(?peer, "no access token is set and the network is served");
             }
-            None if peer.is_some_and(|peer| peer.is_near()) => Ok(()),
-            None if self.rules.insecure_open => {
-                if !self.warned.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(?peer, "no access token is set and the network is served");
-                }
-                Ok(())
-            }
-            None => Err(Refusal::NotNear),
+            return Ok(());
+        }
+        let Some(peer) = peer else { return Err(Refusal::NotNear) };
+        match self.standing(Some(peer)).await {
+            Standing::Trusted => Ok(()),
+            Standing::Stranger => Err(Refusal::NotNear),
+            Standing::Ordinary => Err(Refusal::NotOwner),
         }
     }
 
@@ -176,7 +178,7 @@ impl Access {
     ///
     /// # Errors
     /// A [`Refusal`] for the 401 answer; always while no control credential is set.
-    pub async fn admit_host(&self, given: Option<&[u8]>, peer: Option<Peer>) -> Result<(), Refusal> {
+    pub async fn admit_host(&self, given: Option<&[u8]>, peer: Option<&Peer>) -> Result<(), Refusal> {
         if !self.is_control(given) {
             return Err(Refusal::Control);
         }
@@ -187,14 +189,14 @@ impl Access {
     }
 
     /// What the caller of an `/init` is worth. Not looked for when the call is refused whoever makes it.
-    pub async fn standing_for_init(&self, control: Option<&str>, peer: Option<Peer>) -> Standing {
+    pub async fn standing_for_init(&self, control: Option<&str>, peer: Option<&Peer>) -> Standing {
         if self.has_host() && !self.is_control(control.map(str::as_bytes)) {
             return Standing::Ordinary;
         }
         self.standing(peer).await
     }
 
-    async fn standing(&self, peer: Option<Peer>) -> Standing {
+    async fn standing(&self, peer: Option<&Peer>) -> Standing {
         match peer {
             Some(peer) => peer.standing(self.rules.own_machine, self.rules.insecure_open).await,
             None => Standing::Ordinary,
@@ -294,7 +296,7 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const NEAR: Option<Peer> = Some(Peer::Unix);
+    const NEAR: Option<&Peer> = Some(&Peer::Unix);
 
     fn claim<'a>(control: Option<&'a str>, access_token: Option<&'a str>) -> Claim<'a> {
         Claim { control, access_token, standing: Standing::Trusted, voucher: Voucher::Absent }
@@ -311,8 +313,8 @@ mod tests {
         assert!(!access.is_control(Some(b"")));
     }
 
-    #[test]
-    fn the_first_control_credential_stays() {
+    #[tokio::test]
+    async fn the_first_control_credential_stays() {
         let access = Access::default();
         access.initialise(claim(Some("host"), Some("token"))).unwrap();
         assert_eq!(access.initialise(claim(Some("other"), Some("token"))), Err(Refusal::Control));
@@ -324,7 +326,8 @@ mod tests {
         assert!(access.is_control(Some(b"host")));
         access.initialise(claim(Some("host"), Some("renewed"))).unwrap();
         assert!(
-            access.allows(Some(b"renewed"), None).is_ok() && access.allows(Some(b"token"), None).is_err()
+            access.allows(Some(b"renewed"), None).await.is_ok()
+                && access.allows(Some(b"token"), None).await.is_err()
         );
     }
 
@@ -388,7 +391,7 @@ mod tests {
     #[tokio::test]
     async fn a_control_call_needs_the_credential_and_a_caller_who_may_have_it() {
         let access = Access::default();
-        let guest = Some(Peer::Vsock { cid: 1 });
+        let guest = Some(&Peer::Vsock { cid: 1 });
         assert_eq!(access.admit_host(Some(b"host"), NEAR).await, Err(Refusal::Control));
         access.initialise(claim(Some("host"), None)).unwrap();
         assert_eq!(access.admit_host(Some(b"host"), NEAR).await, Ok(()));
@@ -411,32 +414,48 @@ mod tests {
         assert!(access.access_token().is_none(), "the hash of nothing allows a reset");
     }
 
-    #[test]
-    fn the_network_is_served_only_with_a_token_or_when_that_was_asked_for() {
-        let far = Some(Peer::Tcp {
-            peer: "192.0.2.1:5".parse().unwrap(),
-            local: "192.0.2.2:49983".parse().unwrap(),
-        });
+    #[tokio::test]
+    async fn the_network_is_served_only_with_a_token_or_when_that_was_asked_for() {
+        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:49983".parse().unwrap());
+        let far = Some(&far);
         let closed = Access::default();
-        assert_eq!(closed.allows(None, far), Err(Refusal::NotNear));
-        assert_eq!(closed.allows(None, None), Err(Refusal::NotNear), "a caller of whom nothing is known");
+        assert_eq!(closed.allows(None, far).await, Err(Refusal::NotNear));
+        assert_eq!(
+            closed.allows(None, None).await,
+            Err(Refusal::NotNear),
+            "a caller of whom nothing is known"
+        );
         closed.initialise(claim(None, Some("t"))).unwrap();
-        assert_eq!(closed.allows(Some(b"t"), far), Ok(()));
+        assert_eq!(closed.allows(Some(b"t"), far).await, Ok(()));
         let open = Access::new(Rules { insecure_open: true, own_machine: false });
-        assert_eq!(open.allows(None, far), Ok(()));
+        assert_eq!(open.allows(None, far).await, Ok(()));
         open.initialise(claim(None, Some("t"))).unwrap();
-        assert_eq!(open.allows(None, far), Err(Refusal::AccessToken));
+        assert_eq!(open.allows(None, far).await, Err(Refusal::AccessToken));
     }
 
-    #[test]
-    fn a_missing_header_is_a_refusal_once_a_token_is_set() {
+    /// Else it could start a process as root, and call as root from that.
+    #[tokio::test]
+    async fn without_a_token_an_ordinary_user_of_this_machine_is_not_served() {
+        let (guest, host) = (Peer::Vsock { cid: 1 }, Peer::Vsock { cid: 2 });
+        for access in [own_machine(), Access::default()] {
+            assert_eq!(access.allows(None, Some(&guest)).await, Err(Refusal::NotOwner));
+            assert_eq!(access.allows(None, Some(&host)).await, Ok(()));
+            access.initialise(claim(None, Some("t"))).unwrap();
+            assert_eq!(access.allows(Some(b"t"), Some(&guest)).await, Ok(()));
+        }
+        let open = Access::new(Rules { insecure_open: true, own_machine: true });
+        assert_eq!(open.allows(None, Some(&guest)).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_missing_header_is_a_refusal_once_a_token_is_set() {
         let access = Access::default();
-        assert_eq!(access.allows(None, NEAR), Ok(()));
+        assert_eq!(access.allows(None, NEAR).await, Ok(()));
         access.initialise(claim(None, Some("t"))).unwrap();
         for wrong in [None, Some(&b""[..]), Some(b"tt")] {
-            assert_eq!(access.allows(wrong, NEAR), Err(Refusal::AccessToken));
+            assert_eq!(access.allows(wrong, NEAR).await, Err(Refusal::AccessToken));
         }
-        assert_eq!(access.allows(Some(b"t"), NEAR), Ok(()));
+        assert_eq!(access.allows(Some(b"t"), NEAR).await, Ok(()));
     }
 
     #[test]

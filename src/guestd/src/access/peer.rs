@@ -1,8 +1,10 @@
 //! Who is at the other end of a connection, as far as the kernel knows it, and what that is worth.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
 
 use nix::unistd::geteuid;
+use tokio::sync::OnceCell;
 
 use super::owner;
 
@@ -10,13 +12,9 @@ use super::owner;
 const VSOCK_HOST: u32 = 2;
 
 /// The other end of a connection. Each door puts one into the extensions of every request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Peer {
-    Tcp {
-        peer: SocketAddr,
-        /// The address that was called.
-        local: SocketAddr,
-    },
+    Tcp(Arc<TcpPeer>),
     /// The socket's file lets only its owner in (`doors::bind_unix`).
     Unix,
     Vsock {
@@ -24,6 +22,26 @@ pub enum Peer {
     },
     /// One device of root's, which one process at a time can hold: this one.
     Serial,
+}
+
+/// The two addresses of a TCP connection, and who is at the other one.
+#[derive(Debug)]
+pub struct TcpPeer {
+    peer: SocketAddr,
+    /// The address that was called.
+    local: SocketAddr,
+    /// Looked for once: a socket does not change hands.
+    origin: OnceCell<Origin>,
+}
+
+/// Where a TCP connection comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// From a process of this machine, of this user.
+    Here {
+        uid: u32,
+    },
+    Elsewhere,
 }
 
 /// What it is worth to be where a caller is, whatever it knows.
@@ -38,10 +56,14 @@ pub enum Standing {
 }
 
 impl Peer {
-    /// Whether a call may come in while no access token is set: from this machine or over the host's link.
+    pub fn tcp(peer: SocketAddr, local: SocketAddr) -> Self {
+        Self::Tcp(Arc::new(TcpPeer { peer, local, origin: OnceCell::new() }))
+    }
+
+    /// Whether it is on this machine or at the other end of the host's link, as far as addresses tell.
     pub fn is_near(&self) -> bool {
         match self {
-            Self::Tcp { peer, .. } => is_loopback(peer.ip()),
+            Self::Tcp(wire) => is_loopback(wire.peer.ip()),
             Self::Unix | Self::Vsock { .. } | Self::Serial => true,
         }
     }
@@ -51,19 +73,31 @@ impl Peer {
     /// An ordinary service is its own user's and root's. On a machine of its own the agent runs other people's code, and only root is
     /// not one of them. A process of this machine whose user cannot be found is an ordinary one.
     pub async fn standing(&self, own_machine: bool, insecure_open: bool) -> Standing {
-        let (peer, local) = match *self {
+        let wire = match self {
             Self::Unix | Self::Serial | Self::Vsock { cid: VSOCK_HOST } => return Standing::Trusted,
             Self::Vsock { .. } => return Standing::Ordinary,
-            Self::Tcp { peer, local } => (peer, local),
+            Self::Tcp(wire) => wire,
         };
-        let open = is_loopback(peer.ip()) || insecure_open;
-        if is_here(peer) {
-            let is_owner = |uid| uid == 0 || (!own_machine && uid == geteuid().as_raw());
-            if !owner::of(peer, local).await.is_some_and(is_owner) {
-                return Standing::Ordinary;
-            }
+        let is_owner = |uid| uid == 0 || (!own_machine && uid == geteuid().as_raw());
+        match wire.origin().await {
+            Some(Origin::Here { uid }) if !is_owner(uid) => Standing::Ordinary,
+            None => Standing::Ordinary,
+            Some(_) if insecure_open || self.is_near() => Standing::Trusted,
+            Some(_) => Standing::Stranger,
         }
-        if open { Standing::Trusted } else { Standing::Stranger }
+    }
+}
+
+impl TcpPeer {
+    /// `None` for a process of this machine that cannot be found: it has hung up, or the kernel does not tell.
+    async fn origin(&self) -> Option<Origin> {
+        let find = || async {
+            if !is_here(self.peer) {
+                return Ok(Origin::Elsewhere);
+            }
+            owner::of(self.peer, self.local).await.map(|uid| Origin::Here { uid }).ok_or(())
+        };
+        self.origin.get_or_try_init(find).await.ok().copied()
     }
 }
 
@@ -88,7 +122,7 @@ mod tests {
     use super::*;
 
     fn tcp(peer: &str) -> Peer {
-        Peer::Tcp { peer: peer.parse().unwrap(), local: "127.0.0.1:49983".parse().unwrap() }
+        Peer::tcp(peer.parse().unwrap(), "127.0.0.1:49983".parse().unwrap())
     }
 
     #[test]
@@ -127,13 +161,13 @@ mod tests {
         let local = listener.local_addr().unwrap();
         let (client, accepted) = tokio::join!(tokio::net::TcpStream::connect(local), listener.accept());
         let (client, (_stream, peer)) = (client.unwrap(), accepted.unwrap());
-        let mine = Peer::Tcp { peer, local };
+        let mine = Peer::tcp(peer, local);
         let roots = if geteuid().is_root() { Standing::Trusted } else { Standing::Ordinary };
         assert_eq!(mine.standing(true, false).await, roots);
         assert_eq!(mine.standing(false, false).await, Standing::Trusted);
         // Whose caller has hung up, or has no socket here, cannot be told.
         drop(client);
-        for unknown in [mine, tcp("127.0.0.1:1"), tcp("[::1]:1")] {
+        for unknown in [Peer::tcp(peer, local), tcp("127.0.0.1:1"), tcp("[::1]:1")] {
             for (own_machine, insecure_open) in [(false, false), (true, false), (false, true), (true, true)] {
                 assert_eq!(
                     unknown.standing(own_machine, insecure_open).await,

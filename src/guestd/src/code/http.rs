@@ -57,23 +57,22 @@ pub fn routes(interpreter: Arc<Interpreter>, access: Arc<Access>, activity: Arc<
 /// SDKs send the access token with `/execute` alone: a context is made and listed by who reaches the port, and code is run, and read, by who has the
 /// token. A wrong one opens nothing.
 async fn authorize(State(access): State<Arc<Access>>, request: HttpRequest, next: Next) -> Response {
-    let path = request.uri().path();
-    let given = request.headers().get(ACCESS_TOKEN_HEADER).map(|value| value.as_bytes());
+    let (head, body) = request.into_parts();
+    let path = head.uri.path();
+    let given = head.headers.get(ACCESS_TOKEN_HEADER).map(|value| value.as_bytes());
     let needed = path == "/execute" || path == "/executions" || path.starts_with("/executions/");
-    let peer = request.extensions().get::<Peer>().copied();
     let allowed = if path == "/health" {
         Ok(())
     } else if access.is_sealed() {
         Err(access::Refusal::Sealed)
     } else if needed || given.is_some() || access.access_token().is_none() {
-        access.allows(given, peer)
+        access.allows(given, head.extensions.get::<Peer>()).await
     } else {
         Ok(())
     };
-    let length = request
-        .headers()
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let length =
+        head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let request = HttpRequest::from_parts(head, body);
     match allowed {
         // Not after all of it was read.
         Ok(()) if length.is_some_and(|length| length > BODY_LIMIT as u64) => {

@@ -128,10 +128,10 @@ impl Doors {
         // What breaks off, or says nothing, before its first request is nobody's loss.
         let Ok(Ok((stream, version))) = opened else { return };
         let doors = self.clone();
-        let carried = connection.clone();
+        let (carried, carried_peer) = (connection.clone(), peer.clone());
         let service = service_fn(move |mut request: Request<Incoming>| {
             let doors = doors.clone();
-            request.extensions_mut().insert(peer);
+            request.extensions_mut().insert(carried_peer.clone());
             request.extensions_mut().insert(carried.clone());
             async move {
                 if request.method() == Method::CONNECT {
@@ -177,7 +177,7 @@ impl Doors {
                         tracing::debug!(%error, "no TCP_NODELAY");
                     }
                     match stream.local_addr() {
-                        Ok(local) => self.spawn(stream, Peer::Tcp { peer, local }),
+                        Ok(local) => self.spawn(stream, Peer::tcp(peer, local)),
                         Err(error) => tracing::debug!(%error, "a connection was gone before it was served"),
                     }
                 }

@@ -19,7 +19,7 @@ pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Respons
         return unauthorized(&Refusal::Sealed.to_string());
     }
     let given = request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes());
-    if let Err(refusal) = access.admit_host(given, request.extensions().get::<Peer>().copied()).await {
+    if let Err(refusal) = access.admit_host(given, request.extensions().get::<Peer>()).await {
         return unauthorized(&refusal.to_string());
     }
     let Some(port) = loopback_port(request.uri()) else {

@@ -151,7 +151,7 @@ impl System {
         let claim = Claim {
             control: caller.control.as_deref(),
             access_token,
-            standing: self.access.standing_for_init(caller.control.as_deref(), caller.peer).await,
+            standing: self.access.standing_for_init(caller.control.as_deref(), caller.peer.as_ref()).await,
             voucher,
         };
         // A call that was on its way for long must not undo a newer one; it is not an error either, and it thaws.
