@@ -1,12 +1,15 @@
-//! Extended attributes, the one kernel interface of this capability that neither std nor nix offers.
+//! The kernel interfaces of this capability that neither std nor nix offers: extended attributes, and reads that do not wait for a disk.
 //!
 //! All the `unsafe` of the folder is here and in `credentials`, and nothing else is here.
 
 use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+
+use bytes::BytesMut;
 
 /// What carries the attributes: a path, whose last component is followed when it is a link, or an open file.
 #[derive(Debug)]
@@ -109,4 +112,21 @@ fn grow(mut read: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>> {
             }
         }
     }
+}
+
+/// Appends to `buffer` what of a file is in the page cache, at most `length` bytes and no more than fit in without growing it.
+///
+/// # Errors
+///
+/// Those of preadv2(2) with `RWF_NOWAIT`: `EAGAIN` when it would have to wait, `EOPNOTSUPP` where the file system cannot tell.
+pub(super) fn read_cached(file: &File, from: u64, length: usize, buffer: &mut BytesMut) -> io::Result<()> {
+    let offset = libc::off_t::try_from(from).map_err(io::Error::other)?;
+    let room = buffer.spare_capacity_mut();
+    let into = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len().min(length) };
+    // SAFETY: the descriptor is open while it is borrowed, and `into` names writable bytes of the buffer, which is not touched meanwhile.
+    let count = unsafe { libc::preadv2(file.as_raw_fd(), &raw const into, 1, offset, libc::RWF_NOWAIT) };
+    let count = usize::try_from(count).map_err(|_negative| io::Error::last_os_error())?;
+    // SAFETY: the kernel has written the first `count` of them.
+    unsafe { buffer.set_len(buffer.len() + count) };
+    Ok(())
 }

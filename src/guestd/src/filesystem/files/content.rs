@@ -1,27 +1,23 @@
-//! What a download reads: opened once, looked at through its descriptor, and streamed with one chunk read ahead.
+//! What a download reads: opened once, and looked at through its descriptor. [`Reader`] streams it.
 
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::body::Body;
 use bytes::Bytes;
-use futures_util::{StreamExt as _, stream};
 use nix::fcntl::{AT_FDCWD, OFlag};
-use tokio::task::JoinHandle;
 
 use super::FilesError;
 use super::destination::regular;
 use super::digest::{Algorithm, Hasher, Value};
+use super::reader::{CHUNK, Reader, Source, fill, read_at};
 use crate::filesystem::Caller;
 use crate::filesystem::error::{Fault, fault};
 use crate::filesystem::place::{look_through, reopen};
 
-/// Large enough that the hop to a blocking thread does not matter, small enough for hundreds of transfers at once.
-const CHUNK: usize = 128 * 1024;
 /// How much of a file one blocking task hashes.
 const DIGEST_STEP: u64 = 16 * 1024 * 1024;
 /// Up to here a file is read at once. More than any procfs page that lies about its size is likely to be.
@@ -125,9 +121,9 @@ impl Content {
                 let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.start.len() - from);
                 Body::from(self.start.slice(from..from + length))
             }
-            Rest::Sized(file, _) => ReadAhead::body(Source { file, caller: None }, from, Some(length)),
+            Rest::Sized(file, _) => Reader::body(Source { file, caller: None }, from, Some(length)),
             Rest::Unsized(file, caller) => {
-                ReadAhead::body(Source { file, caller: Some(caller) }, from, Some(length))
+                Reader::body(Source { file, caller: Some(caller) }, from, Some(length))
             }
         }
     }
@@ -136,9 +132,9 @@ impl Content {
     pub(super) fn all(self) -> Body {
         match (self.size(), self.rest) {
             (_, Rest::Nothing) => Body::from(self.start),
-            (size, Rest::Sized(file, _)) => ReadAhead::body(Source { file, caller: None }, 0, size),
+            (size, Rest::Sized(file, _)) => Reader::body(Source { file, caller: None }, 0, size),
             (size, Rest::Unsized(file, caller)) => {
-                ReadAhead::body(Source { file, caller: Some(caller) }, 0, size)
+                Reader::body(Source { file, caller: Some(caller) }, 0, size)
             }
         }
     }
@@ -157,111 +153,4 @@ pub(super) fn find(path: &Path) -> Result<(File, Metadata), FilesError> {
     let metadata = found.metadata().map_err(FilesError::io("stat", path))?;
     regular(path, &metadata)?;
     Ok((found, metadata))
-}
-
-/// Reads until `length` bytes are there or the file ends.
-fn read_at(file: &File, from: u64, length: usize) -> io::Result<Bytes> {
-    let mut buffer = vec![0; length];
-    let filled = fill(file, from, &mut buffer)?;
-    buffer.truncate(filled);
-    Ok(buffer.into())
-}
-
-/// Fills the buffer as far as the file goes.
-fn fill(file: &File, from: u64, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], from + filled as u64) {
-            Ok(0) => break,
-            Ok(count) => filled += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
-}
-
-/// What is read, and as whom when that matters.
-#[derive(Clone, Debug)]
-struct Source {
-    file: Arc<File>,
-    caller: Option<Arc<Caller>>,
-}
-
-impl Source {
-    fn read(&self, from: u64, length: usize) -> io::Result<Bytes> {
-        let _acting = self.caller.as_ref().map(|caller| caller.act()).transpose()?;
-        read_at(&self.file, from, length)
-    }
-}
-
-/// A read that is under way while the chunk before it goes out. No thread waits for a slow client: each read is a task of its
-/// own, and the next one starts only when the client took what is there.
-#[derive(Debug)]
-struct ReadAhead {
-    source: Source,
-    next: JoinHandle<io::Result<Bytes>>,
-    /// Where the read under way ends.
-    position: u64,
-    /// Bytes from `position` on; `None` for all that there are.
-    remaining: Option<u64>,
-    /// How much the read under way must yield, when that is known.
-    expected: Option<usize>,
-}
-
-impl ReadAhead {
-    /// Nothing is read before the body is polled for the first time.
-    fn body(source: Source, from: u64, length: Option<u64>) -> Body {
-        let start = Start { source, from, length };
-        let chunks = stream::unfold(State::New(start), |state| async move {
-            let ahead = match state {
-                State::New(start) => Self::begin(start.source, start.from, start.length)?,
-                State::Running(ahead) => ahead,
-                State::Done => return None,
-            };
-            Some(match ahead.advance().await {
-                Ok((chunk, Some(next))) => (Ok(chunk), State::Running(next)),
-                Ok((chunk, None)) => (Ok(chunk), State::Done),
-                Err(error) => (Err(error), State::Done),
-            })
-        });
-        // The gzip encoder asks once more after the end, for trailers.
-        Body::from_stream(chunks.fuse())
-    }
-
-    /// `None` when nothing remains.
-    fn begin(source: Source, position: u64, remaining: Option<u64>) -> Option<Self> {
-        let expected = remaining.map(|remaining| usize::try_from(remaining).unwrap_or(CHUNK).min(CHUNK));
-        let length = expected.unwrap_or(CHUNK);
-        if length == 0 {
-            return None;
-        }
-        let reader = source.clone();
-        let next = tokio::task::spawn_blocking(move || reader.read(position, length));
-        let remaining = remaining.map(|remaining| remaining - length as u64);
-        Some(Self { source, next, position: position + length as u64, remaining, expected })
-    }
-
-    async fn advance(self) -> io::Result<(Bytes, Option<Self>)> {
-        let chunk = self.next.await.map_err(io::Error::other)??;
-        let next = match self.expected {
-            // A promise of so many bytes was made in the header; the connection must break rather than look complete.
-            Some(expected) if chunk.len() < expected => return Err(io::ErrorKind::UnexpectedEof.into()),
-            None if chunk.len() < CHUNK => None,
-            _ => Self::begin(self.source, self.position, self.remaining),
-        };
-        Ok((chunk, next))
-    }
-}
-
-enum State {
-    New(Start),
-    Running(ReadAhead),
-    Done,
-}
-
-struct Start {
-    source: Source,
-    from: u64,
-    length: Option<u64>,
 }

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use super::staged::{Staged, Suffix};
@@ -23,8 +24,14 @@ use crate::filesystem::Caller;
 use crate::filesystem::error::{Fault, fault};
 use crate::filesystem::place::{Place, look_through, open_at, real_path, reopen};
 
-/// What is collected before a write: the hop to a blocking thread and the call itself then hardly matter.
+/// What is collected before a write, in bytes: the hop to a blocking thread is for all of it. Large uploads collect more, some at a time.
 const BATCH: usize = 256 * 1024;
+const LARGE_BATCH: usize = 1024 * 1024;
+static LARGE: Semaphore = Semaphore::const_new(4);
+/// From here on an upload is a large one.
+const LARGE_UPLOAD: u64 = 1024 * 1024;
+/// What one call writes (writev(2), IOV_MAX); also what bounds an upload that comes byte by byte.
+const MOST_PIECES: usize = 1024;
 
 /// What happens to a file that is there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +49,7 @@ pub(super) struct Destination {
     staged: Option<Staged>,
     batch: Vec<Bytes>,
     batch_bytes: usize,
+    large: Option<SemaphorePermit<'static>>,
     /// At most one write is under way, while the next batch is being collected: no upload holds more than two batches.
     writing: Option<JoinHandle<io::Result<()>>>,
     received: u64,
@@ -72,6 +80,7 @@ impl Destination {
             staged,
             batch: Vec::new(),
             batch_bytes: 0,
+            large: None,
             writing: None,
             received: 0,
             written: Arc::default(),
@@ -87,7 +96,7 @@ impl Destination {
         self.received += bytes.len() as u64;
         self.batch_bytes += bytes.len();
         self.batch.push(bytes);
-        if self.batch_bytes >= BATCH {
+        if self.batch_bytes >= self.batch_limit() || self.batch.len() >= MOST_PIECES {
             self.settle().await?;
             self.start();
         }
@@ -114,6 +123,13 @@ impl Destination {
         let (file, path) = (self.file, self.path);
         as_user(&self.caller, move |_| metadata::replace(&file, &path, &metadata)).await?;
         Ok(None)
+    }
+
+    fn batch_limit(&mut self) -> usize {
+        if self.large.is_none() && self.received > LARGE_UPLOAD {
+            self.large = LARGE.try_acquire().ok();
+        }
+        if self.large.is_some() { LARGE_BATCH } else { BATCH }
     }
 
     fn start(&mut self) {
@@ -257,6 +273,7 @@ mod tests {
             staged: None,
             batch: Vec::new(),
             batch_bytes: 0,
+            large: None,
             writing: None,
             received: 0,
             written: Arc::default(),
@@ -286,6 +303,25 @@ mod tests {
         }
         let error = full.failure(io::Error::from_raw_os_error(libc::EIO));
         assert!(matches!(error, FilesError::Io { action: "write", .. }));
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_comes_byte_by_byte_or_in_bulk_is_collected_within_bounds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        File::create(&path).unwrap();
+        let mut destination = destination(&path);
+        let mut expected = Vec::new();
+        for number in 0..3 * MOST_PIECES {
+            for length in [1, if number % 16 == 0 { 100_000 } else { 1 }] {
+                let piece = vec![(number % 251) as u8; length];
+                expected.extend_from_slice(&piece);
+                destination.write(piece.into()).await.unwrap();
+                assert!(destination.batch.len() < MOST_PIECES && destination.batch_bytes < LARGE_BATCH);
+            }
+        }
+        destination.finish(Arc::default()).await.unwrap();
+        assert!(std::fs::read(&path).unwrap() == expected);
     }
 
     #[test]

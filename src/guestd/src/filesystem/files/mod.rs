@@ -17,6 +17,7 @@ mod head;
 mod metadata;
 mod multipart;
 mod negotiation;
+mod reader;
 mod staged;
 #[cfg(test)]
 mod tests;
