@@ -17,7 +17,7 @@ use guestd_protocol::wire::activity::v1::ActivityExt;
 use guestd_protocol::wire::filesystem::FilesystemExt;
 use guestd_protocol::wire::logs::v1::LogsExt;
 use guestd_protocol::wire::process::ProcessExt;
-use guestd_protocol::{CODE_PORT, ENVD_PORT, SERIAL_PORT_NAME, VSOCK_PORT};
+use guestd_protocol::{CODE_PORT, ENVD_PORT, MESSAGE_LIMIT, SERIAL_PORT_NAME, VSOCK_PORT};
 use tokio::net::{TcpListener, UnixListener};
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 
@@ -40,9 +40,6 @@ use crate::services::Services;
 use crate::settings::Settings;
 use crate::system::{self, System};
 use crate::upgrade::{self, Door, Parts, Resumed, Upgrader};
-
-/// The largest request message, in bytes. envd has no limit; a machine that runs out of memory has one.
-pub(crate) const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
 
 /// Where the machine's control groups are (cgroups(7)).
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";

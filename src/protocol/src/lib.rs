@@ -53,3 +53,6 @@ pub const HEADER_LINES: usize = 1536;
 /// How long all header lines of a request may be on HTTP/2, in bytes, 32 for each line included (RFC 9113 section 6.5.2); those of three
 /// bytes of metadata have 46.
 pub const HEADER_BYTES: u32 = 128 * 1024;
+
+/// The largest message of a call to the agent, in bytes. envd has no limit; a machine that runs out of memory has one.
+pub const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;

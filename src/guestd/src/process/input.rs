@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const CLOSE_GRACE: Duration = Duration::from_millis(100);
 
 /// The most that is owed to one process, in bytes: what one request can bring.
-const OWED_LIMIT: usize = crate::agent::MESSAGE_LIMIT;
+const OWED_LIMIT: usize = guestd_protocol::MESSAGE_LIMIT;
 
 /// Which of the two a client means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,10 +9,10 @@
 //! - Without a client, output is logged and the oldest of it forgotten. The process never waits.
 //! - Clients that are all a whole window behind hold the process back, as the reader of a pipe would, one alone included: they lose
 //!   nothing, and there is no limit to the wait.
-//! - While some are and others are not, the log grows up to [`FREE_LIMIT`] and nobody waits: a burst that the socket of a new client
+//! - While some are and others are not, the log grows up to [`window::FREE_LIMIT`] and nobody waits: a burst that the socket of a new client
 //!   swallows does no harm to an old one.
-//! - Then it grows slowly, up to [`STRETCHED_LIMIT`]: the others wait [`STEP`] for each piece, so that none of them waits for long and
-//!   there is time to see who reads on. Whoever took nothing for [`GRACE`] stands still: it is cut off and told so, or, when it asked for
+//! - Then it grows slowly, up to [`window::STRETCHED_LIMIT`]: the others wait [`STEP`] for each piece, so that none of them waits for long and
+//!   there is time to see who reads on. Whoever took nothing for [`window::GRACE`] stands still: it is cut off and told so, or, when it asked for
 //!   offsets, goes on behind a gap. Sockets take what a slow client reads in bursts, so less time would not tell.
 //! - When that is full, the slowest sets the pace, as long as it reads on.
 //!
@@ -23,6 +23,7 @@ pub(super) mod budget;
 mod handover;
 mod log;
 pub(super) mod pipe;
+mod window;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -36,31 +37,16 @@ use tokio::time::{Instant, timeout_at};
 use super::Attachment;
 use super::exit;
 use budget::Budget;
-use log::Log;
+use window::{LOG_LIMIT, Place, Room, State};
 
 pub(super) use handover::OutputState;
-
-/// What the log of one process may take, in bytes; also the window of each of its clients.
-const LOG_LIMIT: usize = 1024 * 1024;
 
 /// What the logs of all processes may take together, in bytes. A log that is empty takes one small chunk all the same, so that a process
 /// goes on when others hold everything.
 pub const TOTAL_LIMIT: usize = 8 * 1024 * 1024;
 
-/// What the log of one process may take, in bytes, while some of its clients are behind and others are not; so much at once ...
-const FREE_LIMIT: usize = 2 * LOG_LIMIT;
-
-/// ... and so much in all, as long as all logs together leave [`SPARE`] of their limit.
-const STRETCHED_LIMIT: usize = 6 * LOG_LIMIT;
-
-/// The share of the common limit that no log is stretched into: a quarter.
-const SPARE: usize = 4;
-
 /// How long others wait for each piece by which a log is stretched.
 const STEP: Duration = Duration::from_millis(5);
-
-/// Who takes nothing for so long stands still. A log takes 600 ms from [`FREE_LIMIT`] to [`STRETCHED_LIMIT`].
-const GRACE: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Channel {
@@ -121,151 +107,6 @@ pub struct BeyondEnd {
     pub end: u64,
 }
 
-/// Where a client is.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    /// The offset of the next byte.
-    at: u64,
-    /// It asked for offsets and gets a gap instead of being cut off.
-    takes_gaps: bool,
-    /// Its place is kept: the writer waits before it forgets what is there.
-    kept: bool,
-    /// The client is not there, and may come back: its place is kept, and nobody is attached.
-    stand_in: bool,
-    /// When it last took something, or began to have something to take.
-    since: Instant,
-}
-
-impl Place {
-    fn new(at: u64) -> Self {
-        Self { at, takes_gaps: false, kept: true, stand_in: false, since: Instant::now() }
-    }
-
-    fn with_gaps(at: u64) -> Self {
-        Self { takes_gaps: true, ..Self::new(at) }
-    }
-}
-
-/// Whether the writer may go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Room {
-    Free,
-    /// Every client is a whole window behind.
-    AllBehind,
-    /// Some are; there is room for pieces.
-    Stretched,
-    /// Some are, and there is room for nothing until they read on, or this time comes.
-    Full(Instant),
-}
-
-#[derive(Debug)]
-struct State {
-    log: Log,
-    /// Read of the process already and not in the log yet, because there is no room: at most one chunk of each channel.
-    waiting: Vec<(Channel, Bytes)>,
-    /// How much the process wrote, the waiting included.
-    moved: exit::Bytes,
-    end: Option<End>,
-    places: HashMap<u64, Place>,
-    next_client: u64,
-    attachment: Attachment,
-}
-
-impl State {
-    /// How many clients are attached.
-    fn clients(&self) -> usize {
-        self.places.values().filter(|place| !place.stand_in).count()
-    }
-
-    /// The offset from which on the log may not be forgotten.
-    fn needed(&self) -> u64 {
-        self.places.values().filter(|place| place.kept).map(|place| place.at).min().unwrap_or(u64::MAX)
-    }
-
-    /// Forgets the oldest output until `enough` says so; false when a client needs it.
-    fn forget_until(&mut self, enough: impl Fn(&Log) -> bool) -> bool {
-        let needed = self.needed();
-        while !enough(&self.log) {
-            match self.log.front_end() {
-                Some(end) if end <= needed => self.log.drop_front(),
-                Some(_) => return false,
-                None => return true,
-            }
-        }
-        true
-    }
-
-    /// The offset from which on a client is less than a whole window behind.
-    fn window(&self) -> u64 {
-        self.log.front_end().unwrap_or_default().max(self.log.recent())
-    }
-
-    /// When the slowest will have taken nothing for too long, unless they read on.
-    fn deadline(&self) -> Instant {
-        let end = self.log.front_end().unwrap_or_default();
-        let slowest = self.places.values().filter(|place| place.kept && place.at < end);
-        slowest.map(|place| place.since).min().unwrap_or_else(Instant::now) + GRACE
-    }
-
-    /// Cuts off, or leaves to their gaps, those that stand still while others wait; true when there are any.
-    fn leave_behind(&mut self) -> bool {
-        let end = self.log.front_end().unwrap_or_default();
-        if !self.places.values().any(|place| place.kept && place.at >= end) {
-            return false;
-        }
-        let stalled = |place: &Place| place.kept && place.at < end && place.since.elapsed() >= GRACE;
-        if !self.places.values().any(stalled) {
-            return false;
-        }
-        self.places.retain(|_, place| {
-            let stalled = stalled(place);
-            place.kept &= !stalled;
-            !stalled || place.takes_gaps
-        });
-        let clients = self.clients();
-        self.attachment.clients(clients);
-        self.keep_the_only();
-        true
-    }
-
-    fn append(&mut self, channel: Channel, bytes: Bytes) {
-        let now = Instant::now();
-        let end = self.log.end();
-        // Who has read everything did not stand still until now.
-        self.places.values_mut().filter(|place| place.at == end).for_each(|place| place.since = now);
-        self.log.append(channel, bytes);
-    }
-
-    /// A client that is alone now is not left behind by anybody.
-    fn keep_the_only(&mut self) {
-        if self.places.len() == 1 {
-            self.places.values_mut().for_each(|place| place.kept = true);
-        }
-    }
-
-    /// Sees to room for `cost` bytes.
-    fn room(&mut self, cost: usize, budget: &Budget, used_by_others: usize) -> Room {
-        let fits = |log: &Log, own: usize, all: usize| {
-            log.held() + cost <= own && used_by_others + log.held() + cost <= all
-        };
-        if self.forget_until(|log| fits(log, LOG_LIMIT, budget.limit())) {
-            return Room::Free;
-        }
-        let window = self.window();
-        if self.places.values().all(|place| !place.kept || place.at < window) {
-            return Room::AllBehind;
-        }
-        let shared = budget.limit() - budget.limit() / SPARE;
-        if fits(&self.log, FREE_LIMIT, shared) {
-            Room::Free
-        } else if fits(&self.log, STRETCHED_LIMIT, shared) {
-            Room::Stretched
-        } else {
-            Room::Full(self.deadline())
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
@@ -323,7 +164,7 @@ pub(super) struct Output {
 impl Output {
     pub(super) fn new(attachment: Attachment, budget: Arc<Budget>) -> Self {
         let state = State {
-            log: Log::default(),
+            log: log::Log::default(),
             waiting: Vec::new(),
             moved: exit::Bytes::default(),
             end: None,

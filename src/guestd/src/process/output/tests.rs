@@ -3,6 +3,7 @@
 use tokio::task::yield_now;
 
 use super::pipe::SMALL as CHUNK;
+use super::window::{GRACE, SPARE, STRETCHED_LIMIT};
 use super::*;
 use crate::activity::Activity;
 
