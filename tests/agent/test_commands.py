@@ -290,10 +290,11 @@ def test_every_child_is_reaped(guestd, agent):
 
 
 def test_a_start_does_not_wait_for_delayed_acknowledgements(agent):
-    """Without TCP_NODELAY each of these takes 40 ms. The median, so that a busy machine does not decide."""
+    """Without TCP_NODELAY each of these takes 40 ms. The fastest quarter, so that a busy machine does not decide."""
     took = []
     for _ in range(50):
         began = time.perf_counter()
         assert start(agent, "/bin/true", stdin=False).exit_code == 0
         took.append(time.perf_counter() - began)
-    assert statistics.median(took) < 0.020, f"{statistics.median(took) * 1000:.1f} ms each"
+    quarter = statistics.quantiles(took)[0]
+    assert quarter < 0.020, f"{quarter * 1000:.1f} ms each"

@@ -14,7 +14,7 @@ import pytest
 from harness import door, locations
 from harness.hostd import TLS_DOMAIN, HostdExited
 from harness.names import Names
-from harness.programs import run_node, run_python
+from harness.programs import LEAVE, run_node, run_python
 
 HERE = Path(__file__).parent
 WALK = (HERE / "tls_walk.py").read_text()
@@ -73,7 +73,7 @@ def require_kernels(sdk: str) -> None:
 def test_a_python_sdk_walks_through_by_its_domain_alone(containers, names, sdk, kind):
     require_kernels(sdk)
     environment = {**containers.tls_environment(), "SDK": sdk, "KIND": kind, "SERVERS": str(HERE)}
-    assert run_python(WALK, environment, within=200, through=names.through()).endswith("walked\n")
+    assert run_python(WALK + LEAVE, environment, within=200, through=names.through()).endswith("walked\n")
 
 
 @pytest.mark.takes(10)
@@ -166,7 +166,7 @@ async def main():
   await sandbox.kill()
 asyncio.run(main())
 """
-    printed = run_python(source, containers.tls_environment(), within=60, through=names.through())
+    printed = run_python(source + LEAVE, containers.tls_environment(), within=60, through=names.through())
     assert printed.split() == ["still", "220"]
 
 

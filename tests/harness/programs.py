@@ -9,6 +9,10 @@ from pathlib import Path
 
 from harness import locations
 
+# What an asynchronous program with the E2B SDK ends with, lest the interpreter be taken apart under the threads of the SDK's HTTP library: the
+# one that told the event loop of the last answer aborts the process when it comes back to an interpreter that is leaving (pyqwest 0.12.0).
+LEAVE = "\nimport os\nos._exit(0)\n"
+
 
 def run_python(source: str, environment: dict, within: float, through: tuple[str, ...] = ()) -> str:
     """The standard output of a program that must succeed; `through` are words before its command."""
