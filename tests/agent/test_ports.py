@@ -19,6 +19,8 @@ from harness.processes import wait_until
 INSIDE, OUTSIDE = "169.254.0.21", "169.254.0.22"
 INSIDE6, OUTSIDE6 = "fd00::21", "fd00::22"
 PORT = 8000
+# Not the usual one, which nobody else is expected on.
+CODE_PORT = 5001
 
 # Answers each connection with what it sent up to its end, after who it was.
 SERVER = """
@@ -124,7 +126,7 @@ def wire():
 def agent_in(wire, tmp_path):
     """guestd in the inner namespace; its pid."""
     log = tmp_path / "stderr"
-    command = [str(locations.guestd()), "serve", "--forward-to", INSIDE, "--forward-to", INSIDE6]
+    command = [str(locations.guestd()), "serve", "--code-port", str(CODE_PORT), "--forward-to", INSIDE, "--forward-to", INSIDE6]
     with open(log, "wb") as file:
         agent = wire.popen(wire.inside, *command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
@@ -212,10 +214,12 @@ def test_a_large_answer_arrives_whole_after_the_clients_side_closed(wire, agent_
         assert wire.ask("y" * 100_000) == "127.0.0.1 " + "y" * 100_000
 
 
-def test_the_agents_own_port_is_not_forwarded(wire, agent_in):
+def test_the_agents_own_ports_are_not_forwarded(wire, agent_in):
+    """Whoever came through would be the agent's own user to it, and served without a token."""
     with wire.serving("127.0.0.1"):
         wait_until(lambda: wire.ask("x"), within=5, what="another port is forwarded")
-        assert wire.ask("x", port=49983) is None
+        for port in (49983, CODE_PORT):
+            assert wire.ask("x", port=port) is None
 
 
 def switches(pid: int) -> int:

@@ -539,8 +539,8 @@ def test_an_upload_that_breaks_off_leaves_the_agent_whole(plane, box):
         connection.sendall(
             f"POST /files?path={box}/cut HTTP/1.1\r\nHost: a\r\nContent-Type: application/octet-stream\r\nContent-Length: 1000000\r\n\r\nonly this".encode()
         )
-    # In place: once it is there, the broken upload has emptied it.
-    wait_until(lambda: get(plane, f"{box}/cut").status_code == 200, within=10, what="the broken upload")
+        # In place: once it is there, the upload that is about to break off has emptied it.
+        wait_until(lambda: get(plane, f"{box}/cut").status_code == 200, within=10, what="the upload has begun")
     assert put(plane, b"whole", f"{box}/cut").status_code == 200
     time.sleep(0.1)
     assert plane.content(f"{box}/cut") == b"whole"

@@ -378,7 +378,9 @@ fn forward_ports(config: &Config, activity: &Arc<Activity>) {
     if config.forward_to.is_empty() {
         return;
     }
-    let own: Vec<u16> = config.tcp.iter().map(SocketAddr::port).chain([ENVD_PORT, CODE_PORT]).collect();
+    // Whoever came through the forwarding would be taken for the agent's own user there.
+    let own = config.tcp.iter().chain(&config.code).map(SocketAddr::port).chain([ENVD_PORT, CODE_PORT]);
+    let own: Vec<u16> = own.collect();
     match Ports::arm(&config.forward_to, &own, activity) {
         Ok(ports) => drop(tokio::spawn(ports.run())),
         Err(error) => tracing::warn!(%error, "ports on loopback addresses are not forwarded"),

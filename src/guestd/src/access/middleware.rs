@@ -16,7 +16,7 @@ use guestd_protocol::signature::{Operation, Signed};
 use guestd_protocol::{ACCESS_TOKEN_HEADER, CONTROL_HEADER};
 
 use super::{Access, Peer, Refusal};
-use crate::identity::{Accounts, IdentityError, RequestUser, basic_user, basic_user_name};
+use crate::identity::{Accounts, RequestUser, basic_user, basic_user_name};
 use crate::services::refusal;
 
 /// Refuses with 401 what lacks its credential.
@@ -39,7 +39,11 @@ pub async fn authorize(State(access): State<Arc<Access>>, request: Request, next
 
 /// Answers with the refusal after what the client is still sending.
 pub async fn refuse(request: Request, refusal: Refusal) -> Response {
-    refusal::after_body(request, unauthorized(&refusal.to_string())).await
+    let answer = match refusal {
+        Refusal::Untold(_) => unable(&request, ErrorCode::ResourceExhausted, refusal.to_string()),
+        _ => answer(refusal),
+    };
+    refusal::after_body(request, answer).await
 }
 
 async fn check(access: &Access, head: &Parts) -> Result<(), Refusal> {
@@ -79,7 +83,7 @@ pub async fn identify(State(accounts): State<Arc<Accounts>>, mut request: Reques
         Some(name) => match basic_user(&name, &accounts) {
             Ok(user) => Some(user),
             Err(error) => {
-                let answer = no_user(&request, &error);
+                let answer = unable(&request, error.code(), error.to_string());
                 return refusal::after_body(request, answer).await;
             }
         },
@@ -96,7 +100,7 @@ async fn may_touch_file(access: &Access, head: &Parts) -> Result<(), Refusal> {
     let (given, peer) = (bytes_of(&head.headers, ACCESS_TOKEN_HEADER), head.extensions.get::<Peer>());
     let Some(token) = access.access_token() else { return access.allows(None, peer).await };
     if given.is_some() {
-        return access.allows(given, peer).await.map_err(|_| Refusal::FileToken);
+        return access.allows(given, peer).await.map_err(|_wrong| Refusal::FileToken);
     }
     // What cannot be read is refused as such, whatever is said here.
     let Ok(query) = FilesQuery::parse(head.uri.query().unwrap_or_default()) else {
@@ -120,16 +124,15 @@ async fn may_touch_file(access: &Access, head: &Parts) -> Result<(), Refusal> {
     }
 }
 
-/// The REST form of a 401; SDKs map the status on Connect paths too.
-pub fn unauthorized(message: &str) -> Response {
-    let body = ErrorBody { code: 401, message: message.to_owned() };
-    (StatusCode::UNAUTHORIZED, axum::Json(body)).into_response()
+/// The REST form of a refusal; SDKs map its status on Connect paths too.
+pub fn answer(refusal: Refusal) -> Response {
+    let body = ErrorBody { code: refusal.status().as_u16(), message: refusal.to_string() };
+    (refusal.status(), axum::Json(body)).into_response()
 }
 
-/// Nobody to act for. A call of a service is told so in its own form. On the other routes a wrong name has the Connect form, which the
-/// SDKs' clients read; accounts that cannot be read are the machine's trouble and not the caller's.
-fn no_user(request: &Request, error: &IdentityError) -> Response {
-    let (code, text) = (error.code(), error.to_string());
+/// Nobody to act for, or nobody knows for whom. A call of a service is told so in its own form. On the other routes a wrong name has the
+/// Connect form, which the SDKs' clients read; what cannot be looked up is the machine's trouble and not the caller's.
+fn unable(request: &Request, code: ErrorCode, text: String) -> Response {
     // A Connect path is /package.Service/Method.
     if request.uri().path().contains('.') {
         return refusal::failed(request, &ConnectError::new(code, text));
@@ -217,7 +220,7 @@ mod tests {
     async fn a_query_that_means_nothing_is_400_whoever_asks() {
         let sealed = signed_access();
         sealed.seal();
-        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:1".parse().unwrap());
+        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:1".parse().unwrap(), 1);
         let cases = [
             (signed_access(), Some("secret"), Peer::Unix, 400),
             (signed_access(), Some("wrong"), Peer::Unix, 400),

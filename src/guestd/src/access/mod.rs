@@ -10,6 +10,8 @@ mod peer;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
+use http::StatusCode;
+use nix::errno::Errno;
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
@@ -56,7 +58,7 @@ impl std::fmt::Debug for Access {
     }
 }
 
-/// Why a call was refused; the text is the 401's message.
+/// Why a call was refused; the text is the answer's message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error("unauthorized access, please provide a valid access token or method signing if supported")]
@@ -76,7 +78,7 @@ pub enum Refusal {
     #[error("access token reset not authorized")]
     InitReset,
     #[error(
-        "no access token is set: until /init sets one, only callers on this machine or on the host's link are served"
+        "no access token is set: until /init sets one, the host's link is served, and over loopback root and the agent's own user"
     )]
     NotNear,
     #[error("no access token is set: until /init sets one, an ordinary user of this machine is not served")]
@@ -87,6 +89,17 @@ pub enum Refusal {
     ControlPlace,
     #[error("envd not initialized")]
     Sealed,
+    #[error("it cannot be told now who calls: {0}")]
+    Untold(Errno),
+}
+
+impl Refusal {
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::Untold(_) => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::UNAUTHORIZED,
+        }
+    }
 }
 
 /// What the platform's metadata service says about the token that an `/init` brings.
@@ -149,7 +162,7 @@ impl Access {
     /// process as anybody may do whatever that process may, control calls included. `None` is a caller of whom nothing is known.
     ///
     /// # Errors
-    /// A [`Refusal`] for the 401 answer.
+    /// A [`Refusal`] for the answer.
     pub async fn allows(&self, given: Option<&[u8]>, peer: Option<&Peer>) -> Result<(), Refusal> {
         if let Some(token) = &self.read().access_token {
             let shown = given.is_some_and(|given| same(given, token.as_bytes()));
@@ -166,6 +179,7 @@ impl Access {
             Standing::Trusted => Ok(()),
             Standing::Stranger => Err(Refusal::NotNear),
             Standing::Ordinary => Err(Refusal::NotOwner),
+            Standing::Untold(error) => Err(Refusal::Untold(error)),
         }
     }
 
@@ -177,13 +191,14 @@ impl Access {
     /// to know.
     ///
     /// # Errors
-    /// A [`Refusal`] for the 401 answer; always while no control credential is set.
+    /// A [`Refusal`] for the answer; always while no control credential is set.
     pub async fn admit_host(&self, given: Option<&[u8]>, peer: Option<&Peer>) -> Result<(), Refusal> {
         if !self.is_control(given) {
             return Err(Refusal::Control);
         }
         match self.standing(peer).await {
             Standing::Ordinary => Err(Refusal::ControlPlace),
+            Standing::Untold(error) => Err(Refusal::Untold(error)),
             Standing::Trusted | Standing::Stranger => Ok(()),
         }
     }
@@ -232,7 +247,7 @@ impl Access {
     /// host or root.
     ///
     /// # Errors
-    /// A [`Refusal`] for the 401 answer; nothing was changed.
+    /// A [`Refusal`] for the answer; nothing was changed.
     pub fn initialise(&self, claim: Claim<'_>) -> Result<(), Refusal> {
         let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
         if !self.may_initialise(&credentials, claim)? {
@@ -249,7 +264,7 @@ impl Access {
     /// Whether `claim` may, without changing anything: a call that is too old to be applied is asked, too.
     ///
     /// # Errors
-    /// A [`Refusal`] for the 401 answer.
+    /// A [`Refusal`] for the answer.
     pub fn check(&self, claim: Claim<'_>) -> Result<(), Refusal> {
         self.may_initialise(&self.read(), claim).map(drop)
     }
@@ -261,11 +276,13 @@ impl Access {
             return match claim.standing {
                 _ if !is_host => Err(Refusal::Control),
                 Standing::Ordinary => Err(Refusal::ControlPlace),
+                Standing::Untold(error) => Err(Refusal::Untold(error)),
                 Standing::Trusted | Standing::Stranger => Ok(true),
             };
         }
         let trusted = match claim.standing {
             Standing::Ordinary => return Err(Refusal::InitPlace),
+            Standing::Untold(error) => return Err(Refusal::Untold(error)),
             Standing::Trusted => true,
             Standing::Stranger => claim.voucher == Voucher::Matches,
         };
@@ -416,7 +433,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_network_is_served_only_with_a_token_or_when_that_was_asked_for() {
-        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:49983".parse().unwrap());
+        let far = Peer::tcp("192.0.2.1:5".parse().unwrap(), "192.0.2.2:49983".parse().unwrap(), 1);
         let far = Some(&far);
         let closed = Access::default();
         assert_eq!(closed.allows(None, far).await, Err(Refusal::NotNear));

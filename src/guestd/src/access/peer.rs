@@ -3,10 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::unistd::geteuid;
 use tokio::sync::OnceCell;
 
-use super::owner;
+use super::owner::Accepted;
 
 /// The host's address on vsock (vsock(7)). Every other one, the loopback address 1 among them, may be a process of the guest.
 const VSOCK_HOST: u32 = 2;
@@ -24,12 +25,10 @@ pub enum Peer {
     Serial,
 }
 
-/// The two addresses of a TCP connection, and who is at the other one.
+/// A TCP connection, and who is at its other end.
 #[derive(Debug)]
 pub struct TcpPeer {
-    peer: SocketAddr,
-    /// The address that was called.
-    local: SocketAddr,
+    accepted: Accepted,
     /// Looked for once: a socket does not change hands.
     origin: OnceCell<Origin>,
 }
@@ -53,17 +52,20 @@ pub enum Standing {
     Stranger,
     /// A process of this machine that is neither root's nor the agent's own user's, or that cannot be told from one: control is never its.
     Ordinary,
+    /// A process of this machine; there is too little left of something to find out whose.
+    Untold(Errno),
 }
 
 impl Peer {
-    pub fn tcp(peer: SocketAddr, local: SocketAddr) -> Self {
-        Self::Tcp(Arc::new(TcpPeer { peer, local, origin: OnceCell::new() }))
+    /// `local` is the address that was called, `inode` that of the socket that was accepted.
+    pub fn tcp(peer: SocketAddr, local: SocketAddr, inode: u64) -> Self {
+        Self::Tcp(Arc::new(TcpPeer { accepted: Accepted { peer, local, inode }, origin: OnceCell::new() }))
     }
 
     /// Whether it is on this machine or at the other end of the host's link, as far as addresses tell.
     pub fn is_near(&self) -> bool {
         match self {
-            Self::Tcp(wire) => is_loopback(wire.peer.ip()),
+            Self::Tcp(wire) => is_loopback(wire.accepted.peer.ip()),
             Self::Unix | Self::Vsock { .. } | Self::Serial => true,
         }
     }
@@ -80,24 +82,34 @@ impl Peer {
         };
         let is_owner = |uid| uid == 0 || (!own_machine && uid == geteuid().as_raw());
         match wire.origin().await {
-            Some(Origin::Here { uid }) if !is_owner(uid) => Standing::Ordinary,
-            None => Standing::Ordinary,
-            Some(_) if insecure_open || self.is_near() => Standing::Trusted,
-            Some(_) => Standing::Stranger,
+            Ok(Some(Origin::Here { uid })) if !is_owner(uid) => Standing::Ordinary,
+            Ok(None) => Standing::Ordinary,
+            Ok(Some(_)) if insecure_open || self.is_near() => Standing::Trusted,
+            Ok(Some(_)) => Standing::Stranger,
+            Err(error) => Standing::Untold(error),
         }
     }
 }
 
 impl TcpPeer {
     /// `None` for a process of this machine that cannot be found: it has hung up, or the kernel does not tell.
-    async fn origin(&self) -> Option<Origin> {
+    async fn origin(&self) -> Result<Option<Origin>, Errno> {
         let find = || async {
-            if !is_here(self.peer) {
+            if !is_here(self.accepted.peer) {
                 return Ok(Origin::Elsewhere);
             }
-            owner::of(self.peer, self.local).await.map(|uid| Origin::Here { uid }).ok_or(())
+            match self.accepted.user().await {
+                Ok(Some(uid)) => Ok(Origin::Here { uid }),
+                // Not kept: it may be found the next time.
+                Ok(None) => Err(None),
+                Err(error) => Err(Some(error)),
+            }
         };
-        self.origin.get_or_try_init(find).await.ok().copied()
+        match self.origin.get_or_try_init(find).await {
+            Ok(origin) => Ok(Some(*origin)),
+            Err(None) => Ok(None),
+            Err(Some(error)) => Err(error),
+        }
     }
 }
 
@@ -122,7 +134,7 @@ mod tests {
     use super::*;
 
     fn tcp(peer: &str) -> Peer {
-        Peer::tcp(peer.parse().unwrap(), "127.0.0.1:49983".parse().unwrap())
+        Peer::tcp(peer.parse().unwrap(), "127.0.0.1:49983".parse().unwrap(), 1)
     }
 
     #[test]
@@ -160,14 +172,15 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let local = listener.local_addr().unwrap();
         let (client, accepted) = tokio::join!(tokio::net::TcpStream::connect(local), listener.accept());
-        let (client, (_stream, peer)) = (client.unwrap(), accepted.unwrap());
-        let mine = Peer::tcp(peer, local);
+        let (client, (stream, peer)) = (client.unwrap(), accepted.unwrap());
+        let inode = nix::sys::stat::fstat(&stream).unwrap().st_ino;
+        let mine = Peer::tcp(peer, local, inode);
         let roots = if geteuid().is_root() { Standing::Trusted } else { Standing::Ordinary };
         assert_eq!(mine.standing(true, false).await, roots);
         assert_eq!(mine.standing(false, false).await, Standing::Trusted);
         // Whose caller has hung up, or has no socket here, cannot be told.
         drop(client);
-        for unknown in [Peer::tcp(peer, local), tcp("127.0.0.1:1"), tcp("[::1]:1")] {
+        for unknown in [Peer::tcp(peer, local, inode), tcp("127.0.0.1:1"), tcp("[::1]:1")] {
             for (own_machine, insecure_open) in [(false, false), (true, false), (false, true), (true, true)] {
                 assert_eq!(
                     unknown.standing(own_machine, insecure_open).await,

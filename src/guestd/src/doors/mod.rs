@@ -26,7 +26,7 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nix::sys::stat::{Mode, umask};
+use nix::sys::stat::{Mode, fstat, umask};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -176,8 +176,9 @@ impl Doors {
                     if let Err(error) = stream.set_nodelay(true) {
                         tracing::debug!(%error, "no TCP_NODELAY");
                     }
-                    match stream.local_addr() {
-                        Ok(local) => self.spawn(stream, Peer::tcp(peer, local)),
+                    let known = stream.local_addr().and_then(|local| Ok((local, fstat(&stream)?.st_ino)));
+                    match known {
+                        Ok((local, inode)) => self.spawn(stream, Peer::tcp(peer, local, inode)),
                         Err(error) => tracing::debug!(%error, "a connection was gone before it was served"),
                     }
                 }

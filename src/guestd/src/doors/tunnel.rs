@@ -9,18 +9,18 @@ use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 
 use super::Connection;
-use crate::access::middleware::unauthorized;
+use crate::access::middleware::answer;
 use crate::access::{Access, Peer, Refusal};
 use crate::ports;
 
-/// Answers a `CONNECT`: 200 and a tunnel, 401, 400 for an address that is not this machine, 502 when nothing listens.
+/// Answers a `CONNECT`: 200 and a tunnel, 401 (503 when it cannot be told who calls), 400 for an address that is not this machine, 502 when nothing listens.
 pub(super) async fn open(access: &Access, request: Request<Incoming>) -> Response {
     if access.is_sealed() {
-        return unauthorized(&Refusal::Sealed.to_string());
+        return answer(Refusal::Sealed);
     }
     let given = request.headers().get(CONTROL_HEADER).map(|value| value.as_bytes());
     if let Err(refusal) = access.admit_host(given, request.extensions().get::<Peer>()).await {
-        return unauthorized(&refusal.to_string());
+        return answer(refusal);
     }
     let Some(port) = loopback_port(request.uri()) else {
         return (StatusCode::BAD_REQUEST, "CONNECT takes 127.0.0.1:<port>").into_response();

@@ -118,7 +118,8 @@ fn grow(mut read: impl FnMut(&mut [u8]) -> isize) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 ///
-/// Those of preadv2(2) with `RWF_NOWAIT`: `EAGAIN` when it would have to wait, `EOPNOTSUPP` where the file system cannot tell.
+/// Those of preadv2(2) with `RWF_NOWAIT`: `EAGAIN` when it would have to wait (the kernel has begun to read by then), `EOPNOTSUPP` where the
+/// file system cannot tell.
 pub(super) fn read_cached(file: &File, from: u64, length: usize, buffer: &mut BytesMut) -> io::Result<()> {
     let offset = libc::off_t::try_from(from).map_err(io::Error::other)?;
     let room = buffer.spare_capacity_mut();

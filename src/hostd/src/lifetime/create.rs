@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use guestd_idle::terms::Asked;
@@ -198,10 +198,13 @@ impl Sandboxes {
         left: Duration,
     ) -> Result<String, CreateError> {
         let limit = self.setup.runtime.boot_limit().min(left);
+        let listens = AtomicBool::new(hello.is_none());
         let reached = async {
-            if let Some(hello) = hello {
-                hello.heard().await?;
-            }
+            let _hello = match hello {
+                Some(hello) => Some(hello.heard().await?),
+                None => None,
+            };
+            listens.store(true, Ordering::Relaxed);
             loop {
                 request.timestamp = Some(clock::rfc3339(clock::wall_ms()));
                 match link.init(&request).await {
@@ -220,7 +223,8 @@ impl Sandboxes {
             () = machine.exited() => Err(CreateError::Boot(machine.last_words())),
             () = tokio::time::sleep(limit) => {
                 let words = machine.last_words();
-                Err(CreateError::Boot(format!("its agent did not answer within {} s; {words}", limit.as_secs())))
+                let missing = if listens.load(Ordering::Relaxed) { "answer" } else { "say that it listens" };
+                Err(CreateError::Boot(format!("its agent did not {missing} within {} s; {words}", limit.as_secs())))
             }
         }
     }

@@ -59,12 +59,12 @@ pub struct Hello {
 }
 
 impl Hello {
-    /// Waits for it.
+    /// Waits for it. The stream is the agent's to close: when both sides do at once, a vsock device may not come out of it.
     ///
     /// # Errors
     /// When the socket cannot be listened on any more.
-    pub async fn heard(&self) -> io::Result<()> {
-        self.listener.accept().await.map(drop)
+    pub async fn heard(&self) -> io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
     }
 }
 

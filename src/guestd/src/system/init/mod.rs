@@ -158,7 +158,7 @@ impl System {
         let stale = matches!((history.newest, asked.timestamp), (Some(newest), Some(this)) if this < newest);
         let allowed = if stale { self.access.check(claim) } else { self.access.initialise(claim) };
         if let Err(refusal) = allowed {
-            return Reply::failed(StatusCode::UNAUTHORIZED, refusal);
+            return Reply::failed(refusal.status(), refusal);
         }
         let mut reply = Reply::default();
         if let Some(report) = self.handover.lock().unwrap_or_else(PoisonError::into_inner).take() {
