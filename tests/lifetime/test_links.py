@@ -2,11 +2,18 @@
 
 import hashlib
 import os
+import shutil
+import subprocess
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from e2b import Sandbox
+
+from harness import locations
 
 
 @pytest.mark.vms(1)
@@ -45,3 +52,49 @@ def test_machines_that_boot_at_once_all_come_up(hostd, link):
 
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(boot_and_kill, range(15)))
+
+
+# While `deaf` is there, its machine's device leads to sockets that nobody listens on. hostd runs no scripts: it executes what it opened.
+DEAF = """
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+int main(int count, char **words) {{
+    static char elsewhere[4096];
+    if (count == 3 && access("{folder}/deaf", F_OK) == 0) {{
+        snprintf(elsewhere, sizeof elsewhere, "%.*suds-path=elsewhere", (int)(strstr(words[2], "uds-path=") - words[2]), words[2]);
+        words[2] = elsewhere;
+    }}
+    return execv("{device}", words);
+}}
+"""
+
+
+@pytest.fixture
+def deaf_at_first():
+    """A device program whose first machine hears and says nothing."""
+    # The user of a machine has to reach it.
+    folder = Path(tempfile.mkdtemp(prefix="device-", dir="/tmp"))
+    folder.chmod(0o755)
+    program, deaf = folder / "program", folder / "deaf"
+    source = DEAF.format(folder=folder, device=locations.vhost_device_vsock())
+    # Rust does not build without a C compiler, either.
+    subprocess.run(["cc", "-x", "c", "-o", str(program), "-"], input=source, text=True, check=True, timeout=60)
+    deaf.touch()
+    # It begins at once, and the next one after half of the time that a boot may take.
+    change = threading.Timer(10, deaf.unlink)
+    change.start()
+    yield program
+    change.cancel()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.vms(1)
+@pytest.mark.takes(40)
+def test_a_machine_whose_link_carries_nothing_is_booted_again(hostd, deaf_at_first):
+    """It happens to some: the client must not be told after a minute that it had bad luck."""
+    machines = hostd("qemu", link="vsock", vhost_device_vsock=deaf_at_first)
+    sandbox = Sandbox.create(timeout=60, **machines.sdk())
+    assert sandbox.commands.run("echo heard").stdout == "heard\n"
+    assert "did not say that it listens" in machines.stderr() and "another machine is booted" in machines.stderr()
+    assert sandbox.kill() is True

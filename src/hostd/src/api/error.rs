@@ -56,6 +56,7 @@ impl From<CreateError> for ApiError {
             CreateError::Image(ImageError::Broken { .. })
             | CreateError::Start(_)
             | CreateError::Boot(_)
+            | CreateError::Silent(_)
             | CreateError::Store(_)
             | CreateError::Io(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -57,6 +57,7 @@ impl From<CreateError> for DoorError {
             CreateError::Image(ImageError::Unknown(_) | ImageError::Broken { .. })
             | CreateError::Start(_)
             | CreateError::Boot(_)
+            | CreateError::Silent(_)
             | CreateError::Store(_)
             | CreateError::Io(_) => (StatusCode::INTERNAL_SERVER_ERROR, "CREATE_FAILED"),
         };
