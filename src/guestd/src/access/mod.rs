@@ -175,11 +175,10 @@ impl Access {
             return Ok(());
         }
         let Some(peer) = peer else { return Err(Refusal::NotNear) };
-        match self.standing(Some(peer)).await {
+        match self.standing(Some(peer)).await? {
             Standing::Trusted => Ok(()),
             Standing::Stranger => Err(Refusal::NotNear),
             Standing::Ordinary => Err(Refusal::NotOwner),
-            Standing::Untold(error) => Err(Refusal::Untold(error)),
         }
     }
 
@@ -196,26 +195,30 @@ impl Access {
         if !self.is_control(given) {
             return Err(Refusal::Control);
         }
-        match self.standing(peer).await {
+        match self.standing(peer).await? {
             Standing::Ordinary => Err(Refusal::ControlPlace),
-            Standing::Untold(error) => Err(Refusal::Untold(error)),
             Standing::Trusted | Standing::Stranger => Ok(()),
         }
     }
 
     /// What the caller of an `/init` is worth. Not looked for when the call is refused whoever makes it.
-    pub async fn standing_for_init(&self, control: Option<&str>, peer: Option<&Peer>) -> Standing {
+    ///
+    /// # Errors
+    /// [`Refusal::Untold`].
+    pub async fn standing_for_init(
+        &self,
+        control: Option<&str>,
+        peer: Option<&Peer>,
+    ) -> Result<Standing, Refusal> {
         if self.has_host() && !self.is_control(control.map(str::as_bytes)) {
-            return Standing::Ordinary;
+            return Ok(Standing::Ordinary);
         }
         self.standing(peer).await
     }
 
-    async fn standing(&self, peer: Option<&Peer>) -> Standing {
-        match peer {
-            Some(peer) => peer.standing(self.rules.own_machine, self.rules.insecure_open).await,
-            None => Standing::Ordinary,
-        }
+    async fn standing(&self, peer: Option<&Peer>) -> Result<Standing, Refusal> {
+        let Some(peer) = peer else { return Ok(Standing::Ordinary) };
+        peer.standing(self.rules.own_machine, self.rules.insecure_open).await.map_err(Refusal::Untold)
     }
 
     /// Whether `given` is the control credential. Nothing is while none is set.
@@ -276,13 +279,11 @@ impl Access {
             return match claim.standing {
                 _ if !is_host => Err(Refusal::Control),
                 Standing::Ordinary => Err(Refusal::ControlPlace),
-                Standing::Untold(error) => Err(Refusal::Untold(error)),
                 Standing::Trusted | Standing::Stranger => Ok(true),
             };
         }
         let trusted = match claim.standing {
             Standing::Ordinary => return Err(Refusal::InitPlace),
-            Standing::Untold(error) => return Err(Refusal::Untold(error)),
             Standing::Trusted => true,
             Standing::Stranger => claim.voucher == Voucher::Matches,
         };

@@ -52,8 +52,6 @@ pub enum Standing {
     Stranger,
     /// A process of this machine that is neither root's nor the agent's own user's, or that cannot be told from one: control is never its.
     Ordinary,
-    /// A process of this machine; there is too little left of something to find out whose.
-    Untold(Errno),
 }
 
 impl Peer {
@@ -74,20 +72,22 @@ impl Peer {
     ///
     /// An ordinary service is its own user's and root's. On a machine of its own the agent runs other people's code, and only root is
     /// not one of them. A process of this machine whose user cannot be found is an ordinary one.
-    pub async fn standing(&self, own_machine: bool, insecure_open: bool) -> Standing {
+    ///
+    /// # Errors
+    /// What there is too little left of to find out.
+    pub async fn standing(&self, own_machine: bool, insecure_open: bool) -> Result<Standing, Errno> {
         let wire = match self {
-            Self::Unix | Self::Serial | Self::Vsock { cid: VSOCK_HOST } => return Standing::Trusted,
-            Self::Vsock { .. } => return Standing::Ordinary,
+            Self::Unix | Self::Serial | Self::Vsock { cid: VSOCK_HOST } => return Ok(Standing::Trusted),
+            Self::Vsock { .. } => return Ok(Standing::Ordinary),
             Self::Tcp(wire) => wire,
         };
         let is_owner = |uid| uid == 0 || (!own_machine && uid == geteuid().as_raw());
-        match wire.origin().await {
-            Ok(Some(Origin::Here { uid })) if !is_owner(uid) => Standing::Ordinary,
-            Ok(None) => Standing::Ordinary,
-            Ok(Some(_)) if insecure_open || self.is_near() => Standing::Trusted,
-            Ok(Some(_)) => Standing::Stranger,
-            Err(error) => Standing::Untold(error),
-        }
+        Ok(match wire.origin().await? {
+            Some(Origin::Here { uid }) if !is_owner(uid) => Standing::Ordinary,
+            None => Standing::Ordinary,
+            Some(_) if insecure_open || self.is_near() => Standing::Trusted,
+            Some(_) => Standing::Stranger,
+        })
     }
 }
 
@@ -154,7 +154,7 @@ mod tests {
         for (cid, expected) in
             [(VSOCK_HOST, Standing::Trusted), (1, Standing::Ordinary), (3, Standing::Ordinary)]
         {
-            assert_eq!(Peer::Vsock { cid }.standing(true, false).await, expected, "{cid}");
+            assert_eq!(Peer::Vsock { cid }.standing(true, false).await, Ok(expected), "{cid}");
         }
     }
 
@@ -162,8 +162,8 @@ mod tests {
     async fn a_network_caller_is_a_stranger_unless_that_was_lifted() {
         for own_machine in [false, true] {
             let far = tcp("192.0.2.7:4000");
-            assert_eq!(far.standing(own_machine, false).await, Standing::Stranger);
-            assert_eq!(far.standing(own_machine, true).await, Standing::Trusted);
+            assert_eq!(far.standing(own_machine, false).await, Ok(Standing::Stranger));
+            assert_eq!(far.standing(own_machine, true).await, Ok(Standing::Trusted));
         }
     }
 
@@ -176,15 +176,15 @@ mod tests {
         let inode = nix::sys::stat::fstat(&stream).unwrap().st_ino;
         let mine = Peer::tcp(peer, local, inode);
         let roots = if geteuid().is_root() { Standing::Trusted } else { Standing::Ordinary };
-        assert_eq!(mine.standing(true, false).await, roots);
-        assert_eq!(mine.standing(false, false).await, Standing::Trusted);
+        assert_eq!(mine.standing(true, false).await, Ok(roots));
+        assert_eq!(mine.standing(false, false).await, Ok(Standing::Trusted));
         // Whose caller has hung up, or has no socket here, cannot be told.
         drop(client);
         for unknown in [Peer::tcp(peer, local, inode), tcp("127.0.0.1:1"), tcp("[::1]:1")] {
             for (own_machine, insecure_open) in [(false, false), (true, false), (false, true), (true, true)] {
                 assert_eq!(
                     unknown.standing(own_machine, insecure_open).await,
-                    Standing::Ordinary,
+                    Ok(Standing::Ordinary),
                     "{unknown:?}"
                 );
             }

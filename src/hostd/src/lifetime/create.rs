@@ -124,7 +124,7 @@ impl Sandboxes {
         let limit = self.setup.runtime.boot_limit().min(left);
         let mut brought = self.boot(&mut record, asked, &settings, &image, &env_vars, limit / 2).await;
         if let Err(CreateError::Silent(words)) = &brought {
-            // Of some hundred emulated machines one comes up with a link that carries nothing (contract: microvm.md section 4).
+            // Of some hundred emulated machines one comes up with a link that carries nothing (ARCHITECTURE.md, the link).
             tracing::warn!(sandbox = id, words, "another machine is booted for a sandbox");
             brought = self.boot(&mut record, asked, &settings, &image, &env_vars, limit / 2).await;
         }

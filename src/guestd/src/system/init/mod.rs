@@ -148,12 +148,12 @@ impl System {
     ) -> Reply {
         let access_token = asked.body.access_token.as_deref();
         let voucher = self.voucher(access_token).await;
-        let claim = Claim {
-            control: caller.control.as_deref(),
-            access_token,
-            standing: self.access.standing_for_init(caller.control.as_deref(), caller.peer.as_ref()).await,
-            voucher,
+        let control = caller.control.as_deref();
+        let standing = match self.access.standing_for_init(control, caller.peer.as_ref()).await {
+            Ok(standing) => standing,
+            Err(refusal) => return Reply::failed(refusal.status(), refusal),
         };
+        let claim = Claim { control, access_token, standing, voucher };
         // A call that was on its way for long must not undo a newer one; it is not an error either, and it thaws.
         let stale = matches!((history.newest, asked.timestamp), (Some(newest), Some(this)) if this < newest);
         let allowed = if stale { self.access.check(claim) } else { self.access.initialise(claim) };
